@@ -1,0 +1,268 @@
+"""The ground floor: every option of a run, as one tree of frozen dataclasses.
+
+Defaults live here and nowhere else. A config file (configs/*.py) defines `get_config() -> Config`.
+"""
+
+import dataclasses
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence with the cause and the cure, exit code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama 2 decoder."""
+
+    vocab_size: int = 32_000
+    layers: int = 22
+    width: int = 2048
+    query_heads: int = 32
+    kv_heads: int = 4
+    head_width: int = 64
+    swiglu_width: int = 5632
+    context: int = 2048
+    """Tokens of a row; a divisor of the 8,192 tokens of a record."""
+    rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    """RoPE positions are divided by this (linear position interpolation)."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = {
+            field: value for field, value in vars(self).items() if not field.startswith("rope")
+        }
+        for field, value in sizes.items():
+            require(value > 0, f"model.{field} is {value}: it must be above 0.")
+        require(
+            self.query_heads % self.kv_heads == 0,
+            f"model.query_heads ({self.query_heads}) is not divisible by model.kv_heads "
+            f"({self.kv_heads}): choose kv heads that divide the query heads.",
+        )
+        require(
+            self.head_width % 2 == 0,
+            f"model.head_width is {self.head_width}: RoPE rotates pairs, so it must be even.",
+        )
+        require(
+            self.rope_base > 0 and self.rope_factor > 0,
+            "model.rope_base and model.rope_factor must be above 0.",
+        )
+
+    def parameters(self) -> int:
+        """Number of weights, by hand arithmetic; a test holds it against the real tree."""
+        attention = 2 * self.width * self.head_width * (self.query_heads + self.kv_heads)
+        swiglu = 3 * self.width * self.swiglu_width
+        norms = 2 * self.width
+        outside = 2 * self.vocab_size * self.width + self.width
+        return self.layers * (attention + swiglu + norms) + outside
+
+
+TINYLLAMA_1B = LlamaConfig()
+TINYLLAMA_CODE_8K = dataclasses.replace(TINYLLAMA_1B, context=8192, rope_factor=4.0)
+TINYLLAMA_120M = LlamaConfig(layers=12, width=768, query_heads=12, kv_heads=1, swiglu_width=2048)
+DEMO = LlamaConfig(
+    vocab_size=4096,
+    layers=4,
+    width=256,
+    query_heads=4,
+    kv_heads=2,
+    swiglu_width=704,
+    context=256,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of the mixture."""
+
+    name: str
+    """Its name in metrics: `val/<name>/loss`, `data/<name>/tokens`."""
+    path: str
+    """Folder written by `tinyllama prepare`."""
+    weight: float = 1.0
+    """Share of the training tokens, relative to the other sources."""
+
+    def __post_init__(self):
+        require(
+            math.isfinite(self.weight) and self.weight > 0,
+            f"data source {self.name!r} has weight {self.weight}: "
+            "give every source a weight above 0, or leave it out.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = "tokenizer.model"
+    """The sentencepiece model that the sources were prepared with."""
+
+    def __post_init__(self):
+        names = [source.name for source in self.sources]
+        require(len(names) == len(set(names)), f"data sources share a name: {names}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and clipping by global norm."""
+
+    peak_lr: float = 4e-4
+    end_lr: float = 4e-5
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_matrices_only: bool = False
+    """Leave the norm gains without weight decay; the original decayed every parameter."""
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require(
+            0 <= self.end_lr <= self.peak_lr,
+            f"optimizer.end_lr ({self.end_lr}) must lie between 0 and "
+            f"optimizer.peak_lr ({self.peak_lr}).",
+        )
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
+        require(self.clip_norm > 0, "optimizer.clip_norm must be above 0.")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved. One more checkpoint is written at the end and after a signal."""
+
+    every: int = 5000
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    permanent_every: int = 0
+    """Checkpoints at multiples of this step are never deleted; 0: none is permanent."""
+
+    def __post_init__(self):
+        require(self.every > 0, "checkpoint.every must be above 0.")
+        require(self.keep > 0, "checkpoint.keep must be above 0.")
+        require(self.permanent_every >= 0, "checkpoint.permanent_every must not be negative.")
+        require(
+            self.permanent_every % self.every == 0,
+            f"checkpoint.permanent_every ({self.permanent_every}) must be a multiple of "
+            f"checkpoint.every ({self.every}), or no checkpoint falls on it.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss and bits per byte per source, over all devices; once more at the end."""
+
+    every: int = 5000
+    rows: int = 512
+    """Held-out rows per source at intervals; the last validation reads all of them."""
+
+    def __post_init__(self):
+        require(self.every > 0 and self.rows > 0, "validation.every and .rows must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text that the model writes on the way, into `samples/`."""
+
+    every: int = 5000
+    prompts: tuple[str, ...] = ("The",)
+    max_tokens: int = 64
+    temperature: float = 0.8
+
+    def __post_init__(self):
+        require(
+            self.every > 0 and self.max_tokens > 0,
+            "sample.every and sample.max_tokens must be above 0.",
+        )
+        require(self.temperature >= 0, "sample.temperature must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. A step is one optimizer update over `batch_rows` rows of `model.context` tokens."""
+
+    run_folder: str
+    model: LlamaConfig
+    data: DataConfig
+    steps: int
+    batch_rows: int
+    """Rows of an optimizer step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """The rows of a step are split into this many micro-batches, whose gradients are added."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
+    seed: int = 0
+    log_every: int = 10
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self):
+        for field in ("steps", "batch_rows", "micro_batches", "log_every"):
+            value = getattr(self, field)
+            require(value > 0, f"{field} is {value}: it must be above 0.")
+        require(
+            self.batch_rows % self.micro_batches == 0,
+            f"batch_rows ({self.batch_rows}) is not divisible by micro_batches "
+            f"({self.micro_batches}).",
+        )
+        require(
+            self.optimizer.warmup_steps < self.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be fewer than steps "
+            f"({self.steps}): shorten the warm-up with --optimizer.warmup-steps.",
+        )
+
+
+# What a run may change when it goes on; everything else decides the numbers.
+CHANGEABLE = ("run_folder", "log_every", "checkpoint", "validation", "sample")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `name: old -> new` for what differs between two configs of one run."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if not prefix and key in CHANGEABLE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def load_config(path: str) -> Config:
+    """Runs a config file and returns what its `get_config()` gives.
+
+    Raises:
+      UserError: no such file, or no `get_config` in it.
+    """
+    require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
+    get_config = runpy.run_path(path).get("get_config")
+    require(get_config is not None, f"{path} defines no get_config() -> Config.")
+    return get_config()
+
+
+def model_from_json(values: dict[str, Any]) -> LlamaConfig:
+    """The inverse of `to_json` for the model of a run."""
+    return LlamaConfig(**values)

@@ -1,0 +1,150 @@
+"""The Llama 2 decoder as Flax NNX modules: RoPE, RMSNorm, SwiGLU, grouped-query attention.
+
+Shapes: B batch, T tokens, D width, N query heads, K kv heads, H head width, F SwiGLU width,
+V vocabulary, L layers. Weights are named and shaped for what they multiply: `query_DNH`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.model.attention import attention
+
+Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
+
+
+def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * gain, statistics in fp32 (Zhang and Sennrich 2019, equation 4)."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * gain_D
+
+
+def rope_tables(positions_BT: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotation angles, fp32, (B, T, 1, H / 2) (Su et al. 2021, section 3.2.2).
+
+    Computed in the step, never cached: a cache would have to be keyed by every input.
+    """
+    half = config.head_width // 2
+    frequencies_h = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    positions_BT11 = positions_BT[:, :, None, None].astype(jnp.float32) / config.rope_factor
+    angles_BT1h = positions_BT11 * frequencies_h
+    return jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+
+
+def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H / 2): the half-split form, Hugging Face's own."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = [a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        D, N, K = config.width, config.query_heads, config.kv_heads
+        H, F = config.head_width, config.swiglu_width
+        self.config = config
+
+        def normal(std: float, *shape: int) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+        into, out = init_std(config), residual_init_std(config)
+        self.attention_norm_D = nnx.Param(jnp.ones(D))
+        self.query_DNH = normal(into, D, N, H)
+        self.key_DKH = normal(into, D, K, H)
+        self.value_DKH = normal(into, D, K, H)
+        self.output_NHD = normal(out, N, H, D)
+        self.swiglu_norm_D = nnx.Param(jnp.ones(D))
+        self.gate_DF = normal(into, D, F)
+        self.up_DF = normal(into, D, F)
+        self.down_FD = normal(out, F, D)
+
+    def __call__(self, x_BTD, rope, segment_ids_BT=None):
+        with jax.named_scope("attention"):
+            h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
+            q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...]), *rope)
+            k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...]), *rope)
+            v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...])
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT)
+            x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.output_NHD[...])
+        with jax.named_scope("swiglu"):
+            h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)
+            hidden_BTF = jax.nn.silu(h_BTD @ self.gate_DF[...]) * (h_BTD @ self.up_DF[...])
+            return x_BTD + hidden_BTF @ self.down_FD[...]
+
+
+class Llama(nnx.Module):
+    """Tokens to logits. The blocks are one `Block` whose weights carry a leading layer axis."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        std, (V, D) = init_std(config), (config.vocab_size, config.width)
+        self.embedding_VD = nnx.Param(std * jax.random.normal(rngs.params(), (V, D)))
+
+        def block(layer_rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=layer_rngs)
+
+        self.blocks = nnx.vmap(block)(rngs.split(config.layers))
+        self.norm_D = nnx.Param(jnp.ones(D))
+        self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
+
+    def __call__(self, tokens_BT, segment_ids_BT=None):
+        """Logits (B, T, V) in the dtype of the weights, for any T up to what memory holds."""
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        rope = rope_tables(positions_BT, self.config)
+        x_BTD = self.embedding_VD[...][tokens_BT]
+
+        # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
+        block_definition, stacked = nnx.split(self.blocks)
+
+        def layer(x_BTD, weights):
+            return nnx.merge(block_definition, weights)(x_BTD, rope, segment_ids_BT), None
+
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
+        with jax.named_scope("head"):
+            x_BTD = rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps)
+            return x_BTD @ self.head_DV[...]
+
+
+def init_std(config: LlamaConfig) -> float:
+    """sqrt(2 / (5 D)), for every matrix but the two below (Nguyen and Salazar 2019, section 2.2)."""
+    return math.sqrt(2 / (5 * config.width))
+
+
+def residual_init_std(config: LlamaConfig) -> float:
+    """1 / (sqrt(D) L), for the two matrices of a block that write into the residual stream."""
+    return 1 / (math.sqrt(config.width) * config.layers)
+
+
+def init_weights(config: LlamaConfig, key: jax.Array) -> Weights:
+    """Fresh fp32 weights, a pure function of the key: jit it with out_shardings to shard them."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(params=key))))
+
+
+def abstract_weights(config: LlamaConfig) -> Weights:
+    """Shapes and dtypes of the weights; nothing is allocated."""
+    return jax.eval_shape(lambda: init_weights(config, jax.random.key(0)))
+
+
+def apply(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Logits (B, T, V) of the model with these weights.
+
+    Args:
+      config: the model.
+      weights: as `init_weights` gives them, in the dtype to compute in.
+      tokens_BT: ids in [0, V); JAX clamps what lies outside, so check them on the host.
+      segment_ids_BT: documents of a packed row; a token sees its own document alone.
+    """
+    definition = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(definition, weights)(tokens_BT, segment_ids_BT)
