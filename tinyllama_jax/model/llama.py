@@ -113,7 +113,7 @@ class Llama(nnx.Module):
 
 
 def init_std(config: LlamaConfig) -> float:
-    """sqrt(2 / (5 D)), for every matrix but the two below (Nguyen and Salazar 2019, section 2.2)."""
+    """sqrt(2 / (5 D)), for every matrix but the two below (Nguyen and Salazar 2019, 2.2)."""
     return math.sqrt(2 / (5 * config.width))
 
 

@@ -1,0 +1,242 @@
+"""The one command `tinyllama`, its verbs and its exit codes."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import Positional
+
+from tinyllama_jax.config import Config, UserError, load_config, model_from_json, require
+
+# 0 done, 1 a check failed, 2 user error, 75 saved after a signal. The README has the whole table.
+DONE, CHECK_FAILED, USER_ERROR, SAVED_AFTER_SIGNAL = 0, 1, 2, 75
+
+CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on both sides
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train CONFIG on the devices at hand, or go on with the run in its folder."""
+    usage = "tinyllama train CONFIG [--option value ...]: see configs/ for CONFIG."
+    require(bool(argv) and not argv[0].startswith("-"), f"Name a config first: {usage}")
+    config = tyro.cli(
+        Config, default=load_config(argv[0]), args=argv[1:], prog=f"tinyllama train {argv[0]}"
+    )
+    from tinyllama_jax.training.loop import Diverged, run
+
+    _say_if_gpu_idle()
+    try:
+        return DONE if run(config) else SAVED_AFTER_SIGNAL
+    except Diverged as error:
+        print(f"tinyllama: {error}", file=sys.stderr)
+        return CHECK_FAILED
+
+
+def tokenizer(
+    files: Positional[tuple[str, ...]], /, *, vocab_size: int, out: Path = Path("tokenizer.model")
+) -> int:
+    """Train a sentencepiece tokenizer (BPE, byte fallback, Llama's ids).
+
+    Args:
+      files: Text files; the name `stdlib` stands for the embedded corpus (its training split).
+      vocab_size: Number of pieces.
+      out: Where the model goes.
+    """
+    from tinyllama_jax.data.documents import standard_library
+    from tinyllama_jax.data.tokenizer import train_tokenizer
+
+    texts = []
+    for file in files:
+        if file == "stdlib":
+            sources = standard_library().values()
+            texts += [document.text for splits in sources for document in splits["train"]]
+            continue
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from None
+    train_tokenizer(texts, vocab_size, out)
+    print(f"{out}: {vocab_size:,} pieces")
+    return DONE
+
+
+def prepare(dataset: Positional[Literal["stdlib"]], /, *, tokenizer: Path, out: Path) -> int:
+    """Turn raw text into datasets that `train` reads.
+
+    Args:
+      dataset: `stdlib`: the standard library of this Python, as two sources, prose and code.
+      tokenizer: A sentencepiece model.
+      out: Folder for the datasets, one subfolder each.
+    """
+    from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
+
+    for source, folder in prepare_standard_library(tokenizer, out).items():
+        splits = read_manifest(folder)["splits"]
+        counts = [f"{name} {facts['tokens']:,} tokens" for name, facts in splits.items()]
+        print(f"{folder}: {source}, {', '.join(counts)}")
+    return DONE
+
+
+def convert(
+    run: Positional[Path],
+    out: Positional[Path],
+    /,
+    *,
+    to: Literal["hf"],
+    step: int | None = None,
+    check: bool = False,
+) -> int:
+    """Export a run for PyTorch: a folder that transformers opens.
+
+    Args:
+      run: A run folder.
+      out: Folder to make; an earlier export is replaced.
+      to: `hf`: Hugging Face's format.
+      step: Checkpoint to take; the newest by default.
+      check: Load it back with transformers and compare logits.
+    """
+    from tinyllama_jax.inference import huggingface
+
+    config, weights = open_run(run, step)
+    huggingface.export(weights, config, run / "tokenizer.model", out)
+    print(f"{out}: {config.parameters():,} parameters")
+    if check:
+        difference = huggingface.check(out, config, weights)
+        passed = difference <= CHECK_TOLERANCE
+        print(
+            f"largest logit difference to transformers: {difference:.2e} "
+            f"({'within' if passed else 'ABOVE'} {CHECK_TOLERANCE:.0e})"
+        )
+        return DONE if passed else CHECK_FAILED
+    return DONE
+
+
+def generate(
+    path: Positional[Path],
+    /,
+    *,
+    prompt: str | None = None,
+    prompt_ids: tuple[int, ...] = (),
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ids: bool = False,
+) -> int:
+    """Continue a prompt with a trained model.
+
+    Args:
+      path: A run folder, or a Hugging Face folder.
+      prompt: Text to continue.
+      prompt_ids: Token ids to continue, instead of text.
+      max_tokens: New tokens at most.
+      temperature: 0 takes the likeliest token each time.
+      seed: Of the samples at a temperature above 0.
+      ids: Print the new ids alone, on one line.
+    """
+    from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
+    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.inference.generate import generate as continue_ids
+
+    require(
+        (prompt is None) != (not prompt_ids),
+        "Give either --prompt TEXT or --prompt-ids 1 5 9.",
+    )
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        config, weights = huggingface.load(path)
+    else:
+        config, weights = open_run(path, None)
+    processor = None
+    if prompt is not None or not ids:
+        processor = load_tokenizer(path / "tokenizer.model")
+    start = list(prompt_ids) if prompt is None else processor.encode(prompt)
+    new = continue_ids(
+        config,
+        weights,
+        start,
+        max_tokens=max_tokens,
+        eos=EOS,
+        temperature=temperature,
+        seed=seed,
+    )
+    print(*new) if ids else print(processor.decode(start + new))
+    return DONE
+
+
+def open_run(run: Path, step: int | None):
+    """(model config, weights) of a run's checkpoint.
+
+    Raises:
+      UserError: no run there, or no such checkpoint.
+    """
+    import jax
+
+    from tinyllama_jax.model.llama import abstract_weights
+    from tinyllama_jax.runtime.checkpoint import Checkpoints
+    from tinyllama_jax.runtime.mesh import make_mesh, shardings
+
+    require(
+        (run / "config.json").is_file() and (run / "checkpoints").is_dir(),
+        f"{run} is no run: give a folder that `tinyllama train` wrote.",
+    )
+    config = model_from_json(json.loads((run / "config.json").read_text())["model"])
+    checkpoints = Checkpoints(run)
+    if step is None:
+        newest = checkpoints.newest()
+        require(newest is not None, f"{run} has no checkpoint yet: let it train on.")
+        step = newest[0]
+    require(
+        step in checkpoints.steps(),
+        f"{run} has no checkpoint of step {step}, only {checkpoints.steps()}.",
+    )
+    weights = abstract_weights(config)
+    weights = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        weights,
+        shardings(weights, make_mesh()),
+    )
+    return config, checkpoints.restore_weights(step, weights)
+
+
+def _say_if_gpu_idle() -> None:
+    import jax
+
+    if jax.default_backend() == "cpu" and os.path.exists("/dev/nvidia0"):
+        print(
+            "There is an NVIDIA device, but JAX runs on the CPU: "
+            "pip install 'tinyllama-jax[gpu]' (or unset JAX_PLATFORMS)."
+        )
+
+
+VERBS = {
+    "train": train,
+    "prepare": prepare,
+    "tokenizer": tokenizer,
+    "convert": convert,
+    "generate": generate,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code; user errors become one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("tinyllama VERB ...\n")
+        for name, verb in VERBS.items():
+            print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
+        print("\ntinyllama VERB --help tells a verb's options.")
+        return DONE if argv else USER_ERROR
+    try:
+        require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
+        if argv[0] == "train":
+            return train(argv[1:])
+        return tyro.cli(VERBS[argv[0]], args=argv[1:], prog=f"tinyllama {argv[0]}")
+    except UserError as error:
+        print(f"tinyllama: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

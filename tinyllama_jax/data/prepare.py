@@ -1,0 +1,229 @@
+"""Documents to a dataset: a TFDS directory of ArrayRecord shards and a manifest."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from rich.progress import Progress
+
+from tinyllama_jax.config import UserError, require
+from tinyllama_jax.data.documents import Document, corpus_hash, standard_library
+from tinyllama_jax.data.packing import RECORD, pack, token_dtype
+from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
+
+MANIFEST = "manifest.json"
+SHARD_RECORDS = 2**14  # 268 MB of uint16 tokens
+ENCODE_BATCH = 64  # documents handed to sentencepiece's threads at once
+
+
+def prepare_standard_library(tokenizer: str | Path, out: str | Path) -> dict[str, Path]:
+    """Writes the embedded corpus as one dataset per source: `out/prose` and `out/code`.
+
+    A dataset that is there already, made from the same text and tokenizer, is left alone.
+
+    Returns:
+      The folder of each source.
+
+    Raises:
+      UserError: a bad tokenizer, or a folder in the way that holds something else.
+    """
+    folders = {}
+    for source, splits in standard_library().items():
+        folders[source] = Path(out) / source
+        write_dataset(source, splits, tokenizer, folders[source])
+    return folders
+
+
+def write_dataset(
+    name: str, splits: dict[str, Sequence[Document]], tokenizer: str | Path, out: str | Path
+) -> dict[str, Any]:
+    """Tokenises, packs and writes one dataset aside, then renames it to `out`.
+
+    Args:
+      name: of the dataset, for TFDS.
+      splits: documents of each split, in order.
+      tokenizer: path of a sentencepiece model.
+      out: folder to make. One that holds this very dataset is left alone.
+
+    Returns:
+      The manifest, as it stands in `out/manifest.json`.
+
+    Raises:
+      UserError: a bad tokenizer; `out` holds something else; a split is shorter than a record.
+    """
+    out, processor = Path(out), load_tokenizer(tokenizer)
+    vocab_size = processor.get_piece_size()
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "name": name,
+        "documents_sha256": {split: corpus_hash(splits[split]) for split in splits},
+        "tokenizer": {"sha256": file_sha256(tokenizer), "pieces": vocab_size},
+        "bos": False,
+        "eos": True,
+        "record_tokens": RECORD + 1,
+        "dtype": token_dtype(vocab_size).__name__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "splits": {},
+    }
+    if out.exists():
+        there = read_manifest(out)
+        same = all(there.get(key) == manifest[key] for key in manifest if key != "splits")
+        require(
+            same,
+            f"{out} holds a dataset made from another text or tokenizer: "
+            "remove it, or give another --out.",
+        )
+        return there
+
+    features = tfds.features.FeaturesDict(
+        {
+            # TFDS's default encoding is a varint per token, half as fast to read.
+            "tokens": tfds.features.Tensor(
+                shape=(RECORD + 1,), dtype=token_dtype(vocab_size), encoding="bytes"
+            )
+        }
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    with _removed_on_failure(aside), Progress(transient=True) as progress:
+        for split, documents in splits.items():
+            task = progress.add_task(f"{name}/{split}", total=len(documents))
+
+            def token_lists(documents=documents, task=task) -> Iterator[list[int]]:
+                for start in range(0, len(documents), ENCODE_BATCH):
+                    batch = [document.text for document in documents[start : start + ENCODE_BATCH]]
+                    yield from processor.encode(batch, num_threads=os.cpu_count() or 1)
+                    progress.advance(task, len(batch))
+
+            counted = _Counted(token_lists())
+            examples = (
+                features.serialize_example({"tokens": record})
+                for record in pack(counted, vocab_size)
+            )
+            shards = _write_shards(aside, f"{name}-{split}", examples)
+            records = sum(shard["records"] for shard in shards)
+            require(
+                records > 0,
+                f"{name}/{split} has {counted.tokens:,} tokens, fewer than the {RECORD + 1:,} of "
+                "one record: give more text.",
+            )
+            manifest["splits"][split] = {
+                "documents": len(documents),
+                "records": records,
+                "tokens": records * (RECORD + 1),
+                "dropped_tokens": counted.tokens - records * (RECORD + 1),
+                "shards": shards,
+            }
+        _write_tfds_metadata(aside, name, features, manifest["splits"])
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        aside.rename(out)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset.
+
+    Raises:
+      UserError: no dataset there, a damaged manifest, or a shard that is missing or truncated.
+    """
+    folder = Path(folder)
+    require(
+        (folder / MANIFEST).is_file(),
+        f"There is no dataset at {folder}: write one with `tinyllama prepare`.",
+    )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        sizes = {shard["file"]: shard["bytes"] for shard in shards}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: remove {folder} and prepare it again."
+        ) from None
+    for file, size in sizes.items():
+        found = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        require(
+            found == size,
+            f"{folder / file} holds {found:,} bytes where the manifest says {size:,}: "
+            f"remove {folder} and prepare it again.",
+        )
+    return manifest
+
+
+class _Counted:
+    """Passes documents on and counts their tokens, each one's eos included."""
+
+    def __init__(self, documents: Iterator[list[int]]):
+        self.documents, self.tokens = documents, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for document in self.documents:
+            self.tokens += len(document) + 1
+            yield document
+
+
+def _write_shards(folder: Path, stem: str, examples: Iterator[bytes]) -> list[dict[str, Any]]:
+    """Writes shards of `SHARD_RECORDS` under TFDS's names and describes each for the manifest."""
+    folder.mkdir(exist_ok=True)
+    counts, writer = [], None
+    for index, example in enumerate(examples):
+        if index % SHARD_RECORDS == 0:
+            if writer is not None:
+                writer.close()
+            counts.append(0)
+            # One record a group: rows are read in random order.
+            writer = ArrayRecordWriter(str(folder / f"{stem}-{len(counts)}"), "group_size:1")
+        writer.write(example)
+        counts[-1] += 1
+    if writer is not None:
+        writer.close()
+    shards = []
+    for index, records in enumerate(counts):
+        # TFDS names a shard by the number of shards, known only now.
+        file = folder / f"{stem}.array_record-{index:05d}-of-{len(counts):05d}"
+        (folder / f"{stem}-{index + 1}").rename(file)
+        shards.append(
+            {
+                "file": file.name,
+                "records": records,
+                "tokens": records * (RECORD + 1),
+                "bytes": file.stat().st_size,
+                "sha256": file_sha256(file),
+            }
+        )
+    return shards
+
+
+def _write_tfds_metadata(folder: Path, name: str, features, splits: dict[str, Any]) -> None:
+    """Writes dataset_info.json and features.json, which make the folder a TFDS dataset."""
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard["records"] for shard in facts["shards"]],
+            num_bytes=sum(shard["bytes"] for shard in facts["shards"]),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+            ),
+        )
+        for split, facts in splits.items()
+    ]
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=infos, check_data=False
+    )
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,98 @@
+"""Held-out loss and bits per byte, and the simple models they are measured against."""
+
+import dataclasses
+import gzip
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.model import llama
+from tinyllama_jax.model.loss import cross_entropy
+from tinyllama_jax.runtime.mesh import batch_sharding, put_batch
+
+Score = Callable[[llama.Weights, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats a token over `tokens` targets."""
+
+    loss: float
+    tokens: int
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Bits the model needs for a byte of the `text_bytes` behind the targets."""
+        return self.loss * self.tokens / math.log(2) / text_bytes
+
+
+def make_score(model: LlamaConfig, mesh: Mesh, dtype) -> Score:
+    """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `cross_entropy` gives them."""
+
+    def score(weights, tokens_BS, weights_BT):
+        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
+        logits_BTV = llama.apply(model, weights, tokens_BS[:, :-1])
+        return cross_entropy(logits_BTV, tokens_BS[:, 1:], weights_BT)
+
+    rows = batch_sharding(mesh, rows_axis=0)
+    return jax.jit(score, in_shardings=(None, rows, rows))
+
+
+def evaluate(
+    score: Score, weights: llama.Weights, rows: Sequence[np.ndarray], batch_rows: int, mesh: Mesh
+) -> Evaluation:
+    """Mean loss over rows of context + 1 tokens, `batch_rows` at a time over all devices."""
+    losses, tokens = [], 0
+    for start in range(0, len(rows), batch_rows):
+        batch = [rows[i] for i in range(start, min(start + batch_rows, len(rows)))]
+        tokens_BS = np.zeros((batch_rows, len(batch[0])), np.int32)
+        tokens_BS[: len(batch)] = batch
+        weights_BT = np.zeros((batch_rows, len(batch[0]) - 1), np.float32)
+        weights_BT[: len(batch)] = 1  # the rest pads the batch and counts for nothing
+        sums = score(weights, put_batch(tokens_BS, mesh, 0), put_batch(weights_BT, mesh, 0))
+        losses.append(sums[0])
+        tokens += len(batch) * weights_BT.shape[1]
+    # Summed in fp64, once all batches are on their way.
+    return Evaluation(loss=sum(map(float, losses)) / tokens, tokens=tokens)
+
+
+def unigram_entropy(targets: np.ndarray, vocab_size: int) -> float:
+    """Entropy of the targets' own frequencies, nats a token: what no context-free model beats."""
+    counts = np.bincount(targets.ravel(), minlength=vocab_size)
+    shares = counts[counts > 0] / targets.size
+    return float(-(shares * np.log(shares)).sum())
+
+
+def bigram_loss(train_rows: np.ndarray, rows: np.ndarray, vocab_size: int) -> float:
+    """Loss of a bigram model counted on the training rows, nats a token.
+
+    Witten-Bell smoothing (Bell, Cleary and Witten 1990): a context hands the next-lower order the
+    share of its tokens that were new kinds; below the unigrams lies the uniform distribution.
+    """
+    kinds_by_context = np.zeros(vocab_size)
+    pairs = train_rows[:, :-1].ravel().astype(np.int64) * vocab_size + train_rows[:, 1:].ravel()
+    seen, counts = np.unique(pairs, return_counts=True)
+    np.add.at(kinds_by_context, seen // vocab_size, 1)
+    totals = np.bincount(train_rows[:, :-1].ravel(), minlength=vocab_size)
+    unigrams = np.bincount(train_rows[:, 1:].ravel(), minlength=vocab_size)
+    kinds = np.count_nonzero(unigrams)
+    unigram = (unigrams + kinds / vocab_size) / (unigrams.sum() + kinds)
+
+    asked = rows[:, :-1].ravel().astype(np.int64) * vocab_size + rows[:, 1:].ravel()
+    place = np.minimum(np.searchsorted(seen, asked), len(seen) - 1)
+    matches = np.where(seen[place] == asked, counts[place], 0)
+    context, target = asked // vocab_size, asked % vocab_size
+    lower = kinds_by_context[context] * unigram[target]
+    weight = totals[context] + kinds_by_context[context]
+    probability = np.where(weight > 0, (matches + lower) / np.maximum(weight, 1), unigram[target])
+    return float(-np.log(probability).mean())
+
+
+def gzip_bits_per_byte(text: bytes) -> float:
+    """Bits a byte that `gzip -9` needs for a text."""
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)

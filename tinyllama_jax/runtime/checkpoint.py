@@ -1,0 +1,219 @@
+"""A run on disk: its folder, its lock, its checkpoints. Orbax stays behind this module.
+
+A checkpoint `checkpoints/<step>/` holds three items: `weights`, `optimizer` (with the counters) and
+`run` (rows consumed, data fingerprint, config). Orbax writes it aside and renames it; then its
+files are hashed into `sha256.json`, because Orbax restores a flipped bit without a word.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from tinyllama_jax.config import CheckpointConfig, UserError, require
+from tinyllama_jax.runtime.mesh import named_leaves
+
+ITEMS = ("weights", "optimizer", "run")
+HASHES = "sha256.json"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a whole file under its name in one rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder against a second writer; the lock ends with the process.
+
+    Raises:
+      UserError: another process trains in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by {file.read().strip() or 'another process'}: "
+                "wait for it, or give another --run-folder."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest by number."""
+
+    def __init__(self, run_folder: str | Path, policy: CheckpointConfig | None = None):
+        """Opens a run's checkpoints; without a policy, for reading alone."""
+        self.folder = Path(run_folder).resolve() / "checkpoints"
+        self._unsealed: int | None = None
+        if policy is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            kept: list = [preservation_policy.LatestN(policy.keep)]
+            if policy.permanent_every:
+                kept.append(preservation_policy.EveryNSteps(policy.permanent_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,  # what a killed save left behind
+            )
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+
+    def save(self, state: dict[str, Any], run: dict[str, Any]) -> None:
+        """Saves in the background; the state may be donated at once. Nothing, if it is saved.
+
+        Args:
+          state: `weights` and `step`, and whatever else the run's state holds.
+          run: JSON values, among them `rows`.
+
+        Raises:
+          UserError: the disk is too full for one more checkpoint.
+        """
+        step = int(state["step"])
+        if step in self._manager.all_steps():
+            return
+        self._seal(wait=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        require(
+            free > 1.1 * needed,
+            f"{self.folder} has {free / 1e9:.1f} GB free and a checkpoint takes "
+            f"{needed / 1e9:.1f} GB: make room and run the same command again.",
+        )
+        rest = {key: value for key, value in state.items() if key != "weights"}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(state["weights"]),
+                optimizer=ocp.args.StandardSave(named_leaves(rest)),
+                run=ocp.args.JsonSave(run),
+            ),
+        )
+        self._unsealed = step
+
+    def poll(self) -> None:
+        """Hashes the last checkpoint once it is written; call it between steps."""
+        self._seal(wait=False)
+
+    def close(self) -> None:
+        """Waits for the last save and hashes it."""
+        self._seal(wait=True)
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, rising."""
+        return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest whole checkpoint: (step, its `run` values); None if there is none.
+
+        One that is damaged is passed over, with a line that says so.
+        """
+        for step in reversed(self.steps()):
+            damage = self._damage(step)
+            if damage is None:
+                return step, self.run_values(step)
+            print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
+        return None
+
+    def run_values(self, step: int) -> dict[str, Any]:
+        """The `run` values of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a checkpoint, onto whatever shardings the abstract state has.
+
+        Names, shapes and dtypes are compared before anything is loaded: Orbax pads and casts.
+
+        Raises:
+          UserError: the checkpoint holds other arrays.
+        """
+        rest = {key: value for key, value in abstract_state.items() if key != "weights"}
+        wanted = {"weights": abstract_state["weights"], "optimizer": named_leaves(rest)}
+        for item, tree in wanted.items():
+            self._compare(step, item, tree)
+        args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        leaves = list(found.optimizer[name] for name in wanted["optimizer"])
+        return {"weights": found.weights} | jax.tree.unflatten(jax.tree.structure(rest), leaves)
+
+    def restore_weights(self, step: int, abstract_weights: dict[str, Any]) -> dict[str, Any]:
+        """The weights alone. Raises UserError if the checkpoint holds others."""
+        self._compare(step, "weights", abstract_weights)
+        args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract_weights))
+        return self._manager.restore(step, args=args).weights
+
+    def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
+        metadata = self._manager.item_metadata(step)[item]
+        found = {
+            name: (tuple(leaf.shape), str(leaf.dtype))
+            for name, leaf in named_leaves(getattr(metadata, "tree", metadata)).items()
+        }
+        wanted = {
+            name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named_leaves(tree).items()
+        }
+        for name in sorted(found.keys() | wanted.keys()):
+            require(
+                found.get(name) == wanted.get(name),
+                f"Checkpoint {step} of {self.folder} is of another model or optimizer: its "
+                f"{item} {name} is {_describe(found.get(name))}, the config's is "
+                f"{_describe(wanted.get(name))}. Give the run's own config, or another "
+                "--run-folder.",
+            )
+
+    def _seal(self, wait: bool) -> None:
+        if self._unsealed is None:
+            return
+        if not wait and self._manager.is_saving_in_progress():
+            return
+        self._manager.wait_until_finished()
+        folder = self.folder / str(self._unsealed)
+        write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
+        self._unsealed = None
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        folder = self.folder / str(step)
+        if any(not (folder / item).is_dir() for item in ITEMS):
+            return f"it lacks one of its items {', '.join(ITEMS)}"
+        if not (folder / HASHES).is_file():
+            return None  # killed between Orbax's rename and the hashing: whole, only not hashed
+        try:
+            wanted = json.loads((folder / HASHES).read_text())
+        except ValueError:
+            return f"its {HASHES} is damaged"
+        found = _hashes(folder)
+        wrong = [name for name in wanted if wanted[name] != found.get(name)]
+        return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.parent != folder:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[str(path.relative_to(folder))] = digest
+    return hashes
+
+
+def _describe(array: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if array is None else f"{array[1]}{list(array[0])}"

@@ -1,0 +1,125 @@
+"""Devices, mesh axes, and the two tables that say where every array lives."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax.config import Config, require
+
+# Weight -> the name of each of its axes. A weight without a row is a KeyError.
+WEIGHT_AXES = {
+    "embedding_VD": ("vocabulary", "width"),
+    "blocks.attention_norm_D": ("layer", "width"),
+    "blocks.query_DNH": ("layer", "width", "query_head", "head_width"),
+    "blocks.key_DKH": ("layer", "width", "kv_head", "head_width"),
+    "blocks.value_DKH": ("layer", "width", "kv_head", "head_width"),
+    "blocks.output_NHD": ("layer", "query_head", "head_width", "width"),
+    "blocks.swiglu_norm_D": ("layer", "width"),
+    "blocks.gate_DF": ("layer", "width", "swiglu"),
+    "blocks.up_DF": ("layer", "width", "swiglu"),
+    "blocks.down_FD": ("layer", "swiglu", "width"),
+    "norm_D": ("width",),
+    "head_DV": ("width", "vocabulary"),
+}
+
+# Axis name -> the mesh axis it is split over. Every weight has a width, so each is split evenly.
+MESH_AXES = {
+    "layer": None,
+    "vocabulary": None,
+    "width": "fsdp",
+    "query_head": None,
+    "kv_head": None,
+    "head_width": None,
+    "swiglu": None,
+}
+
+BATCH_AXES = ("data", "fsdp")  # rows are split over all devices
+
+
+def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
+    """A mesh with axes `data` (state replicated) and `fsdp` (state split) over all devices.
+
+    Args:
+      data: size of the first axis.
+      fsdp: size of the second; -1 takes the devices that `data` leaves.
+
+    Raises:
+      UserError: the sizes do not make up the devices at hand.
+    """
+    devices = jax.device_count()
+    fsdp = devices // data if fsdp == -1 else fsdp
+    require(
+        data * fsdp == devices,
+        f"A mesh of {data} x {fsdp} does not fit the {devices} devices at hand.",
+    )
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises UserError if the batch or the model cannot be split over the mesh."""
+    rows = config.batch_rows // config.micro_batches
+    require(
+        rows % mesh.size == 0,
+        f"A micro-batch of {rows} rows (batch_rows / micro_batches) is not divisible by the "
+        f"{mesh.size} devices: change --batch-rows or --micro-batches.",
+    )
+    require(
+        config.model.width % mesh.shape["fsdp"] == 0,
+        f"model.width ({config.model.width}) is not divisible by the {mesh.shape['fsdp']} devices "
+        "of the fsdp axis: use fewer devices.",
+    )
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by dotted path: `weights.blocks.query_DNH`."""
+
+    def name(key) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(map(name, path)): leaf for path, leaf in leaves}
+
+
+def weight_name(path: str) -> str:
+    """The weight that a leaf of the state belongs to: moments carry their weight's path at the end.
+
+    Raises:
+      KeyError: the path ends in no weight of `WEIGHT_AXES`.
+    """
+    keys = path.split(".")
+    for start in range(len(keys)):
+        if (name := ".".join(keys[start:])) in WEIGHT_AXES:
+            return name
+    raise KeyError(f"{path} has no row in WEIGHT_AXES")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree with a NamedSharding for every leaf; scalars are replicated, moments follow weights.
+
+    Raises:
+      KeyError: a leaf with axes has no row in `WEIGHT_AXES`.
+    """
+
+    def sharding(path: str, leaf) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        axes = WEIGHT_AXES[weight_name(path)]
+        if len(axes) != len(leaf.shape):
+            raise KeyError(f"{path} has {len(leaf.shape)} axes, WEIGHT_AXES names {axes}")
+        return NamedSharding(mesh, P(*(MESH_AXES[axis] for axis in axes)))
+
+    found = [sharding(path, leaf) for path, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def batch_sharding(mesh: Mesh, rows_axis: int) -> NamedSharding:
+    """Rows, which stand on axis `rows_axis`, split over all devices."""
+    return NamedSharding(mesh, P(*(None,) * rows_axis, BATCH_AXES))
+
+
+def put_batch(batch: np.ndarray, mesh: Mesh, rows_axis: int) -> jax.Array:
+    """This process's rows of a batch, as an array over the whole mesh."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, rows_axis), batch)

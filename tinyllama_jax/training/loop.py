@@ -1,0 +1,354 @@
+"""A run from its first step to its last, or to the signal that stops it."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.table import Table
+
+from tinyllama_jax.config import (
+    Config,
+    differences,
+    require,
+    to_json,
+)
+from tinyllama_jax.data import mixture
+from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
+from tinyllama_jax.inference import evaluate
+from tinyllama_jax.inference.generate import generate
+from tinyllama_jax.runtime.checkpoint import Checkpoints, locked, write_aside
+from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
+from tinyllama_jax.training.flops import mfu
+from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
+from tinyllama_jax.training.step import (
+    MAX_SKIPPED_IN_A_ROW,
+    State,
+    abstract_state,
+    compute_dtype,
+    init_state,
+    loss_weights,
+    make_step,
+)
+
+BASELINE_ROWS = 8192  # training rows that the bigram model is counted on
+
+
+class Diverged(Exception):
+    """Loss or gradient was not finite several steps in a row."""
+
+
+def run(config: Config, mesh: Mesh | None = None) -> bool:
+    """Trains, or goes on with the run that `config.run_folder` holds.
+
+    Args:
+      config: the run.
+      mesh: devices with axes `data` and `fsdp`; all devices on `fsdp` by default.
+
+    Returns:
+      Whether the run is complete; False after SIGINT or SIGTERM, with a checkpoint saved.
+
+    Raises:
+      UserError: something in the config, the data or the run folder does not fit.
+      Diverged: too many steps in a row were not finite; the last checkpoint is kept.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    check_fits(config, mesh)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    require(
+        tokenizer.get_piece_size() == config.model.vocab_size,
+        f"The tokenizer {config.data.tokenizer} has {tokenizer.get_piece_size():,} pieces and "
+        f"model.vocab_size is {config.model.vocab_size:,}: make them equal.",
+    )
+    require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
+    names = [source.name for source in config.data.sources]
+    weights = [source.weight for source in config.data.sources]
+    train_rows, held_out_rows = (
+        [
+            mixture.Rows(source.path, split, config.model.context, config.model.vocab_size)
+            for source in config.data.sources
+        ]
+        for split in ("train", "validation")
+    )
+    fingerprint = mixture.fingerprint(config.data, config.model.context, config.seed)
+    folder = Path(config.run_folder)
+
+    with locked(folder), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(folder, config.checkpoint)
+        stack.callback(checkpoints.close)
+        state = _start(config, mesh, checkpoints, fingerprint)
+        first_step = int(state["step"])
+        _describe_run(folder, config, mesh)
+
+        metrics = Metrics(folder, first_step)
+        stack.callback(metrics.close)
+        terminal = Terminal(config.steps, first_step)
+        stack.callback(terminal.close)
+        stop = stack.enter_context(_signals_noted())
+
+        train_step = make_step(config, mesh)
+        dtype = compute_dtype(config)
+        score = evaluate.make_score(config.model, mesh, dtype)
+        count_bytes = ByteCounter(tokenizer)
+        micro_rows = config.batch_rows // config.micro_batches
+
+        def report(step: int, device_metrics: dict[str, jax.Array]) -> None:
+            """Reads the metrics of a step; stops the run if too many were not finite."""
+            values = {name: float(value) for name, value in device_metrics.items()}
+            if values["train/skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(
+                    f"Loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to "
+                    f"step {step}. Newest checkpoint: {checkpoints.steps()[-1:] or 'none'}. Lower "
+                    "--optimizer.peak-lr, or look at the rows of these steps."
+                )
+            if step % config.log_every and step != config.steps:
+                terminal.step(step, None)
+                return
+            values |= clock.rates(step, config, mesh)
+            values |= mixture.ledger(names, weights, train_rows, step * config.batch_rows)
+            metrics.write(step, values)
+            terminal.step(step, _line(values), clock.eta(step, config.steps))
+
+        def validate(step: int, rows: int | None) -> None:
+            """Held-out loss and bits per byte of each source, over `rows` rows or all."""
+            for name, source in zip(names, held_out_rows, strict=True):
+                count = len(source) if rows is None else min(rows, len(source))
+                held_out = [source[i] for i in range(count)]
+                found = evaluate.evaluate(score, state["weights"], held_out, micro_rows, mesh)
+                bits = found.bits_per_byte(count_bytes(np.stack(held_out)))
+                metrics.write(step, {f"val/{name}/loss": found.loss, f"val/{name}/bpb": bits})
+                terminal.say(
+                    f"step {step}  val/{name}: loss {found.loss:.4f}  {bits:.3f} bits/byte"
+                )
+
+        def save(step: int) -> None:
+            rows = step * config.batch_rows
+            values = {"rows": rows, "fingerprint": fingerprint, "config": to_json(config)}
+            checkpoints.save(state, values)
+
+        rows = mixture.batches(
+            train_rows,
+            weights,
+            seed=config.seed,
+            start=first_step * config.batch_rows,
+            micro_batches=config.micro_batches,
+            rows=micro_rows,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        clock = _Clock(first_step)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        for step in range(first_step + 1, config.steps + 1):
+            tokens_ABS = next(rows)
+            state, step_metrics = train_step(
+                state,
+                put_batch(tokens_ABS, mesh, rows_axis=1),
+                put_batch(loss_weights(tokens_ABS), mesh, rows_axis=1),
+            )
+            # Metrics are read one step late, while the devices work on this one.
+            if pending is not None:
+                report(*pending)
+            pending = (step, step_metrics)
+
+            last = step == config.steps
+            due = {
+                job: last or step % every == 0
+                for job, every in [
+                    ("validate", config.validation.every),
+                    ("sample", config.sample.every),
+                    ("save", config.checkpoint.every),
+                ]
+            }
+            if any(due.values()) or stop:
+                report(*pending)
+                pending = None
+                with clock.paused():
+                    if due["validate"] and not stop:
+                        validate(step, None if last else config.validation.rows)
+                    if due["sample"] and not stop:
+                        _sample(config, state, tokenizer, dtype, folder, step, terminal)
+                    if due["save"] or stop:
+                        save(step)
+            checkpoints.poll()
+            if stop and not last:
+                terminal.say(
+                    f"Stopped by {stop[0]} after step {step}, saved. "
+                    "The same command again goes on from here."
+                )
+                return False
+        if first_step == config.steps:
+            terminal.say(f"{folder} is complete at step {first_step}; nothing is left to train.")
+        else:
+            _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal)
+        return True
+
+
+def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: dict) -> State:
+    """The state of the newest checkpoint, or a fresh one; refuses a run of another config."""
+    newest = checkpoints.newest()
+    if newest is None:
+        require(
+            not checkpoints.steps(),
+            f"Every checkpoint of {checkpoints.folder} is damaged: remove them to start again.",
+        )
+        return init_state(config, mesh)
+    step, values = newest
+    changed = differences(values["config"], to_json(config))
+    require(
+        not changed,
+        f"{config.run_folder} holds a run of another config ({'; '.join(changed)}): "
+        "give another --run-folder, or the same options.",
+    )
+    require(
+        values["fingerprint"] == fingerprint,
+        f"{config.run_folder} was trained on other data than {config.data.tokenizer} and its "
+        "sources hold now: restore those files, or give another --run-folder.",
+    )
+    return checkpoints.restore(step, abstract_state(config, mesh))
+
+
+def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
+    """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
+    packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    environment = {
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in packages},
+        "devices": [device.device_kind for device in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "commit": commit.stdout.strip() or None,
+    }
+    write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    if not (folder / "tokenizer.model").exists():
+        shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
+        (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
+
+
+class _Clock:
+    """Training time, without what validation, samples and checkpoints take."""
+
+    def __init__(self, first_step: int):
+        self._start, self._paused = time.monotonic(), 0.0
+        self._first_step = self._last_step = first_step
+        self._last_time = 0.0
+
+    def _now(self) -> float:
+        return time.monotonic() - self._start - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self._paused += time.monotonic() - before
+
+    def rates(self, step: int, config: Config, mesh: Mesh) -> dict[str, float]:
+        """Speed since the last call; MFU for chips whose peak is known."""
+        now = self._now()
+        tokens = (step - self._last_step) * config.batch_rows * config.model.context
+        per_sec = tokens / (now - self._last_time)
+        self._last_step, self._last_time = step, now
+        values = {
+            "perf/tokens_per_sec": per_sec,
+            "perf/tokens_per_sec_per_device": per_sec / mesh.size,
+        }
+        kind = mesh.devices.flat[0].device_kind
+        for name, causal in [("full", False), ("causal", True)]:
+            share = mfu(config.model, per_sec / mesh.size, kind, causal=causal)
+            if share is not None:
+                values[f"perf/mfu_{name}"] = share
+        return values
+
+    def eta(self, step: int, steps: int) -> float:
+        """Seconds left at the mean speed so far."""
+        return self._now() / (step - self._first_step) * (steps - step)
+
+
+def _line(values: dict[str, float]) -> str:
+    share = values.get("perf/mfu_full")
+    return (
+        f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
+        f"{values['perf/tokens_per_sec']:,.0f} tokens/s  "
+        f"mfu {'n/a' if share is None else format(share, '.1%')}"
+    )
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[str]]:
+    """A list that the first SIGINT or SIGTERM puts its name on; a second acts as usual."""
+    noted: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # Python lets the main thread alone set handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        noted.append(signal.Signals(number).name)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+def _sample(config, state, tokenizer, dtype, folder: Path, step: int, terminal: Terminal) -> None:
+    """Lets the model continue the config's prompts and keeps what it says."""
+    weights = jax.tree.map(lambda w: w.astype(dtype), state["weights"])
+    texts = []
+    for index, prompt in enumerate(config.sample.prompts):
+        ids = tokenizer.encode(prompt)
+        new = generate(
+            config.model,
+            weights,
+            ids,
+            max_tokens=min(config.sample.max_tokens, config.model.context - len(ids)),
+            eos=EOS,
+            temperature=config.sample.temperature,
+            seed=config.seed + index,
+        )
+        texts.append(tokenizer.decode(ids + new))
+    (folder / "samples").mkdir(exist_ok=True)
+    write_aside(folder / "samples" / f"{step:07}.txt", "\n---\n".join(texts) + "\n")
+    terminal.say(f"step {step}  sample: {texts[0]!r}")
+
+
+def _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal) -> None:
+    """Prints the last validation beside what simple models reach on the same held-out tokens."""
+    last = read_metrics(folder)[config.steps]
+    table = Table("held out", "tokens", "loss", "unigram", "bigram", "bits/byte", "gzip -9")
+    for source, train, held_out in zip(config.data.sources, train_rows, held_out_rows, strict=True):
+        rows_BS = np.stack([held_out[i] for i in range(len(held_out))])
+        train_BS = np.stack([train[i] for i in range(min(len(train), BASELINE_ROWS))])
+        vocab_size = config.model.vocab_size
+        text = "".join(tokenizer.decode(rows_BS[:, 1:].tolist())).encode()
+        table.add_row(
+            source.name,
+            f"{rows_BS[:, 1:].size:,}",
+            f"{last[f'val/{source.name}/loss']:.3f}",
+            f"{evaluate.unigram_entropy(rows_BS[:, 1:], vocab_size):.3f}",
+            f"{evaluate.bigram_loss(train_BS, rows_BS, vocab_size):.3f}",
+            f"{last[f'val/{source.name}/bpb']:.3f}",
+            f"{evaluate.gzip_bits_per_byte(text):.3f}",
+        )
+    terminal.console.print(table)

@@ -1,0 +1,40 @@
+"""AdamW, clipping and the learning rate."""
+
+import jax
+import optax
+
+from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.runtime.mesh import named_leaves, weight_name
+
+# Weights that are vectors in every layer; the rest are matrices.
+NORM_GAINS = ("blocks.attention_norm_D", "blocks.swiglu_norm_D", "norm_D")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by number of updates made: linear warm-up from 0, then cosine to `end_lr`.
+
+    The cosine ends at `steps`, warm-up included (Loshchilov and Hutter 2017, equation 5).
+    """
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.peak_lr, config.warmup_steps, decay_steps=steps, end_value=config.end_lr
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    def decayed(weights):
+        flags = [weight_name(name) not in NORM_GAINS for name in named_leaves(weights)]
+        return jax.tree.unflatten(jax.tree.structure(weights), flags)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed if config.decay_matrices_only else None,
+        ),
+    )

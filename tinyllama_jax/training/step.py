@@ -1,0 +1,136 @@
+"""One optimizer step, and the state it moves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax.config import Config
+from tinyllama_jax.model import llama
+from tinyllama_jax.model.loss import cross_entropy
+from tinyllama_jax.runtime.mesh import batch_sharding, shardings
+from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
+
+State = dict[str, Any]
+"""`weights` and `optimizer` (fp32), and three counters: `step`, `skipped` (steps whose loss or
+gradient was not finite), `skipped_in_a_row`."""
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+def compute_dtype(config: Config) -> jnp.dtype:
+    """The dtype of matrix products; on CPU bf16 is slower than fp32."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.compute_dtype)
+
+
+def state_from_weights(config: Config, weights: llama.Weights) -> State:
+    """The state before the first step, with these weights."""
+    return {
+        "weights": weights,
+        "optimizer": make_optimizer(config.optimizer, config.steps).init(weights),
+        "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+        "skipped_in_a_row": jnp.zeros((), jnp.int32),
+    }
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    weights = llama.abstract_weights(config.model)
+    state = jax.eval_shape(lambda weights: state_from_weights(config, weights), weights)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> State:
+    """A fresh state, made where it lives: the same numbers on every mesh."""
+
+    def init(key):
+        return state_from_weights(config, llama.init_weights(config.model, key))
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
+
+
+def make_step(
+    config: Config, mesh: Mesh
+) -> Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """The compiled `step(state, tokens_ABS, weights_ABT) -> (state, metrics)`.
+
+    A counts micro-batches, B rows, S = T + 1. The state is donated. Weights are the loss weights of
+    the targets tokens[..., 1:]. Metrics: `train/loss` in nats a token, `train/grad_norm` before
+    clipping, `train/lr`, and the counters. A step whose loss or gradient is not finite leaves
+    weights and optimizer as they were.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps)
+    dtype, everywhere = compute_dtype(config), NamedSharding(mesh, P())
+
+    def loss_sum(weights, tokens_BS, weights_BT):
+        logits_BTV = llama.apply(config.model, weights, tokens_BS[:, :-1])
+        return cross_entropy(logits_BTV, tokens_BS[:, 1:], weights_BT)
+
+    def step(state: State, tokens_ABS, weights_ABT):
+        # Cast, then gather: once a step, in the compute dtype, whatever the micro-batches.
+        weights = jax.tree.map(lambda w: w.astype(dtype), state["weights"])
+        weights = jax.lax.with_sharding_constraint(weights, everywhere)
+
+        def micro_batch(sums, batch):
+            (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(weights, *batch)
+            return jax.tree.map(jnp.add, sums, (loss, count, _to_fp32(grads))), None
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["weights"]))
+        (loss, count, grads), _ = jax.lax.scan(micro_batch, zeros, (tokens_ABS, weights_ABT))
+        loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
+
+        grad_norm = optax.global_norm(grads)
+        updates, new_optimizer = optimizer.update(grads, state["optimizer"], state["weights"])
+        new_weights = optax.apply_updates(state["weights"], updates)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        old, new = (state["weights"], state["optimizer"]), (new_weights, new_optimizer)
+        kept_weights, kept_optimizer = jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
+        skipped = state["skipped"] + ~finite
+        new_state = {
+            "weights": kept_weights,
+            "optimizer": kept_optimizer,
+            "step": state["step"] + 1,
+            "skipped": skipped,
+            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        }
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": schedule(state["step"] - state["skipped"]),
+            "train/skipped": skipped,
+            "train/skipped_in_a_row": new_state["skipped_in_a_row"],
+        }
+        return new_state, metrics
+
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    rows = batch_sharding(mesh, rows_axis=1)
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, rows, rows),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def _to_fp32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def loss_weights(tokens_ABS: np.ndarray) -> np.ndarray:
+    """Weight 1 for every target: packed rows hold no padding."""
+    return np.ones_like(tokens_ABS[..., 1:], np.float32)
