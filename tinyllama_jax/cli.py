@@ -20,8 +20,15 @@ CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on
 
 def train(argv: Sequence[str]) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
-    usage = "tinyllama train CONFIG [--option value ...]: see configs/ for CONFIG."
-    require(bool(argv) and not argv[0].startswith("-"), f"Name a config first: {usage}")
+    usage = "tinyllama train CONFIG [--option value ...]"
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            f"{usage}\n\nconfigs/ holds the configs; `tinyllama train CONFIG --help` the options."
+        )
+        return DONE
+    require(
+        bool(argv) and not argv[0].startswith("-"), f"Name a config of configs/ first: {usage}."
+    )
     config = tyro.cli(
         Config, default=load_config(argv[0]), args=argv[1:], prog=f"tinyllama train {argv[0]}"
     )

@@ -7,7 +7,6 @@ docstrings and the text files; code is the modules without their docstrings.
 import ast
 import dataclasses
 import hashlib
-import importlib
 import os
 import re
 import sysconfig
@@ -15,6 +14,7 @@ import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 import numpy as np
 
@@ -36,9 +36,9 @@ LEFT_OUT_FOLDERS = frozenset(
 )
 # Written where Python was built or installed, so they speak of that machine.
 LOCAL_FILES = re.compile(r"config-.*|_sysconfigdata.*|(site|user)customize\.py")
-Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-TOPICS = "pydoc_data.topics"
 
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# A comment on a docstring and the blank lines after it have no meaning without it.
 REST_OF_LINE = re.compile(rb"[ \t]*(#[^\n]*)?(\n|\Z)([ \t\f]*\n)*")
 
 
@@ -69,7 +69,7 @@ def standard_library() -> dict[str, dict[str, list[Document]]]:
         )
         source["train"] = _distinct(source["train"])
     numbers = [
-        passages(document.text) for source in SOURCES for document in splits[source]["train"]
+        passages(document.text) for source in splits.values() for document in source["train"]
     ]
     trained = np.sort(np.concatenate(numbers))
     for source in splits.values():
@@ -106,14 +106,15 @@ def read_documents(library: Path) -> Iterator[tuple[str, Document]]:
 
 
 def _documents(library: Path) -> Iterator[tuple[str, Document]]:
-    for topic, text in importlib.import_module(TOPICS).topics.items():
+    for topic, text in topics.topics.items():
         yield "prose", Document(f"topic:{topic}", text)
     for path in _files(library):
         inside = path.relative_to(library)
         name = f"text:{inside.as_posix()}"
         if path.suffix == ".py":
             name = ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
-        if name != TOPICS:
+        # Its text is in the prose, topic by topic.
+        if name != topics.__name__:
             yield from ((source, Document(name, text)) for source, text in _texts(path).items())
 
 

@@ -1,5 +1,6 @@
 """Devices, mesh axes, and the two tables that say where every array lives."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,23 +40,23 @@ MESH_AXES = {
 BATCH_AXES = ("data", "fsdp")  # rows are split over all devices
 
 
-def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
-    """A mesh with axes `data` (state replicated) and `fsdp` (state split) over all devices.
+def make_mesh(data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data` (state replicated) and `fsdp` (state split).
 
     Args:
-      data: size of the first axis.
-      fsdp: size of the second; -1 takes the devices that `data` leaves.
+      data: size of the first axis; the second takes what it leaves.
+      devices: all devices at hand by default.
 
     Raises:
-      UserError: the sizes do not make up the devices at hand.
+      UserError: `data` does not divide the devices.
     """
-    devices = jax.device_count()
-    fsdp = devices // data if fsdp == -1 else fsdp
+    devices = jax.devices() if devices is None else devices
     require(
-        data * fsdp == devices,
-        f"A mesh of {data} x {fsdp} does not fit the {devices} devices at hand.",
+        len(devices) % data == 0,
+        f"A data axis of {data} does not divide the {len(devices)} devices at hand.",
     )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    shape = (data, len(devices) // data)
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:

@@ -109,10 +109,10 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             if values["train/skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
                     f"Loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to "
-                    f"step {step}. Newest checkpoint: {checkpoints.steps()[-1:] or 'none'}. Lower "
-                    "--optimizer.peak-lr, or look at the rows of these steps."
+                    f"step {step}: lower --optimizer.peak-lr, or look at the rows of these steps. "
+                    f"Checkpoints kept: {checkpoints.steps()}."
                 )
-            if step % config.log_every and step != config.steps:
+            if step % config.log_every and step not in (1, config.steps):
                 terminal.step(step, None)
                 return
             values |= clock.rates(step, config, mesh)

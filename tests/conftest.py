@@ -1,0 +1,95 @@
+"""Eight fake devices, and a run small enough to be stopped, killed and compared bit by bit."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from tinyllama_jax.config import (  # noqa: E402
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    SampleConfig,
+    SourceConfig,
+    ValidationConfig,
+)
+from tinyllama_jax.data.documents import Document  # noqa: E402
+from tinyllama_jax.data.prepare import write_dataset  # noqa: E402
+from tinyllama_jax.data.tokenizer import train_tokenizer  # noqa: E402
+from tinyllama_jax.runtime.mesh import make_mesh  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB = 400
+
+SMALL = LlamaConfig(
+    vocab_size=VOCAB,
+    layers=2,
+    width=48,
+    query_heads=6,
+    kv_heads=2,
+    head_width=8,
+    swiglu_width=80,
+    context=64,
+)
+
+
+def golden_documents(source: str, split: str) -> list[Document]:
+    """Lines of the committed text, shuffled into documents; both sources read other orders."""
+    lines = (GOLDEN / "text.txt").read_text().splitlines()
+    rng = np.random.default_rng([len(source), len(split)])
+    count = 60 if split == "train" else 24
+    texts = ["\n".join(rng.permutation(lines)) for _ in range(count)]
+    return [Document(f"{source}-{split}-{index}", text) for index, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> DataConfig:
+    """Two datasets and a tokenizer, made from the text committed beside this file."""
+    folder = tmp_path_factory.mktemp("data")
+    train_tokenizer([(GOLDEN / "text.txt").read_text()], VOCAB, folder / "tokenizer.model")
+    for source in ("prose", "code"):
+        splits = {split: golden_documents(source, split) for split in ("train", "validation")}
+        write_dataset(source, splits, folder / "tokenizer.model", folder / source)
+    return DataConfig(
+        sources=(
+            SourceConfig("prose", str(folder / "prose"), 0.7),
+            SourceConfig("code", str(folder / "code"), 0.3),
+        ),
+        tokenizer=str(folder / "tokenizer.model"),
+    )
+
+
+@pytest.fixture
+def config(data, tmp_path) -> Config:
+    """A run of 12 steps that saves, validates and samples on the way."""
+    return Config(
+        run_folder=str(tmp_path / "run"),
+        model=SMALL,
+        data=data,
+        steps=12,
+        batch_rows=16,
+        micro_batches=2,
+        log_every=1,
+        optimizer=OptimizerConfig(peak_lr=1e-2, end_lr=1e-3, warmup_steps=3),
+        checkpoint=CheckpointConfig(every=3, keep=2),
+        validation=ValidationConfig(every=6, rows=8),
+        sample=SampleConfig(every=12, prompts=("The",), max_tokens=4),
+    )
+
+
+@pytest.fixture
+def mesh():
+    """One device."""
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def change():
+    """`change(config, **fields)`: dataclasses.replace under a shorter name."""
+    return dataclasses.replace

@@ -1,0 +1,103 @@
+"""Every option of a run."""
+
+import dataclasses
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tinyllama_jax import config as configs
+from tinyllama_jax.config import (
+    Config,
+    DataConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    UserError,
+    differences,
+    load_config,
+    model_from_json,
+    to_json,
+)
+
+PRESETS = {
+    "TINYLLAMA_1B": 1_100_048_384,
+    "TINYLLAMA_CODE_8K": 1_100_048_384,
+    "TINYLLAMA_120M": 121_129_728,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PRESETS.items())
+def test_presets_have_the_parameters_of_the_original(name, count):
+    assert getattr(configs, name).parameters() == count
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"query_heads": 6, "kv_heads": 4}, "kv heads that divide"),
+        ({"layers": 0}, "model.layers"),
+        ({"head_width": 7}, "even"),
+        ({"norm_eps": 0.0}, "model.norm_eps"),
+        ({"rope_factor": -1.0}, "rope_factor"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        LlamaConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"batch_rows": 10, "micro_batches": 4}, "not divisible by micro_batches"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2, "optimizer": OptimizerConfig(warmup_steps=2)}, "warm-up"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        Config(**{"run_folder": "r", "model": LlamaConfig(), "data": DataConfig(), "steps": 9000,
+                  "batch_rows": 8} | fields)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: OptimizerConfig(peak_lr=1e-4, end_lr=1e-3), "end_lr"),
+        (lambda: OptimizerConfig(beta2=1.0), "beta2"),
+        (lambda: configs.SourceConfig("a", "b", math.nan), "weight"),
+        (lambda: configs.SourceConfig("a", "b", 0.0), "weight"),
+        (lambda: DataConfig((configs.SourceConfig("a", "b"),) * 2), "share a name"),
+        (lambda: configs.CheckpointConfig(every=4, permanent_every=6), "multiple"),
+        (lambda: configs.SampleConfig(temperature=-1.0), "temperature"),
+        (lambda: load_config("nowhere.py"), "no config file"),
+    ],
+)
+def test_other_mistakes_are_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_differences_name_what_decides_the_numbers_and_nothing_else(config):
+    changed = dataclasses.replace(
+        config,
+        log_every=5,
+        run_folder="elsewhere",
+        seed=1,
+        model=dataclasses.replace(config.model, layers=3),
+    )
+    assert differences(to_json(config), to_json(changed)) == [
+        "model.layers: 2 -> 3",
+        "seed: 0 -> 1",
+    ]
+
+
+def test_a_model_survives_json(config):
+    assert model_from_json(to_json(config)["model"]) == config.model
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_loads_and_says_how_to_run_it(path):
+    assert isinstance(load_config(str(path)), Config)
+    assert f"tinyllama train {path}" in runpy.run_path(str(path))["__doc__"]

@@ -1,0 +1,119 @@
+"""The decoder: its size, its start, and what a token can see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from tinyllama_jax import config as configs
+from tinyllama_jax.model import llama
+from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, shardings
+from tinyllama_jax.training.step import init_state
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return llama.init_weights(SMALL, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def tokens_BT():
+    return jax.random.randint(jax.random.key(2), (3, 20), 0, SMALL.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["TINYLLAMA_1B", "TINYLLAMA_CODE_8K", "TINYLLAMA_120M", "DEMO"])
+def test_the_tree_has_as_many_weights_as_the_arithmetic_says(name):
+    preset = getattr(configs, name)
+    leaves = jax.tree.leaves(llama.abstract_weights(preset))
+    assert sum(leaf.size for leaf in leaves) == preset.parameters()
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_initial_standard_deviations_are_the_originals(devices, config):
+    # Measured on the state as training makes it: the original lost its scheme when sharded.
+    model = dataclasses.replace(configs.TINYLLAMA_120M, layers=3, vocab_size=1000)
+    config = dataclasses.replace(config, model=model)
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        weights = init_state(config, mesh)["weights"]
+    into, out = np.sqrt(2 / (5 * 768)), 1 / (np.sqrt(768) * 3)
+    for name, weight in named_leaves(weights).items():
+        if "norm" in name:
+            np.testing.assert_array_equal(weight, 1)
+            continue
+        wanted = out if name in ("blocks.output_NHD", "blocks.down_FD") else into
+        # A standard deviation of n samples is off by 1 / sqrt(2 n); five times that is rare.
+        layers = weight if name.startswith("blocks.") else weight[None]
+        for layer in np.asarray(layers):
+            assert abs(layer.std() / wanted - 1) < 5 / np.sqrt(2 * layer.size), name
+            assert abs(layer.mean() / wanted) < 5 / np.sqrt(layer.size), name
+
+
+def test_the_published_constants_of_the_1b():
+    assert llama.init_std(configs.TINYLLAMA_1B) == pytest.approx(0.0139754, abs=5e-8)
+    assert llama.residual_init_std(configs.TINYLLAMA_1B) == pytest.approx(0.00100441, abs=5e-9)
+
+
+def test_every_mesh_starts_from_the_same_weights(config):
+    states = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            states.append(jax.tree.map(np.asarray, init_state(config, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_layers_start_apart(weights):
+    query = weights["blocks"]["query_DNH"]
+    assert not np.array_equal(query[0], query[1])
+
+
+def test_no_token_sees_a_later_one(weights, tokens_BT):
+    """By gradient: nonzero for every embedding up to the target, zero after it."""
+
+    def target_logit(embedded_TD):
+        ids = jnp.arange(20)[None]
+        wide = weights | {"embedding_VD": embedded_TD}
+        return llama.apply(SMALL, wide, ids)[0, 11].sum()
+
+    embedded_TD = weights["embedding_VD"][tokens_BT[0]]
+    grads_T = np.abs(jax.grad(target_logit)(embedded_TD)).max(axis=-1)
+    assert (grads_T[:12] > 0).all() and (grads_T[12:] == 0).all()
+
+
+def test_a_packed_document_reads_as_if_alone(weights, tokens_BT):
+    # RoPE is relative: the second document starts at position 8 and gives what it gives at 0.
+    segments = jnp.broadcast_to(jnp.where(jnp.arange(20) < 8, 0, 1), tokens_BT.shape)
+    packed = llama.apply(SMALL, weights, tokens_BT, segments)
+    alone = llama.apply(SMALL, weights, tokens_BT[:, 8:])
+    np.testing.assert_allclose(packed[:, 8:], alone, atol=1e-5)
+    assert not np.allclose(llama.apply(SMALL, weights, tokens_BT)[:, 8:], alone, atol=1e-3)
+
+
+def test_rope_depends_on_its_base_and_factor(weights, tokens_BT):
+    logits = [
+        llama.apply(dataclasses.replace(SMALL, **fields), weights, tokens_BT)
+        for fields in ({}, {"rope_base": 500.0}, {"rope_factor": 4.0})
+    ]
+    for other in logits[1:]:
+        assert np.abs(logits[0] - other).max() > 1e-4
+
+
+def test_bf16_is_near_fp32(weights, tokens_BT):
+    exact = llama.apply(SMALL, weights, tokens_BT)
+    halved = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    found = llama.apply(SMALL, halved, tokens_BT)
+    assert found.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(found, np.float32) - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 2e-2
+
+
+def test_every_weight_has_a_row_in_the_table_of_axes(mesh):
+    weights = llama.abstract_weights(SMALL)
+    shardings(weights, mesh)
+    with pytest.raises(KeyError, match="no row"):
+        shardings({"weights": weights | {"bias_D": weights["norm_D"]}}, mesh)

@@ -1,0 +1,76 @@
+"""AdamW, the schedule and what decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.model import llama
+from tinyllama_jax.runtime.mesh import named_leaves
+from tinyllama_jax.training.optimizer import NORM_GAINS, make_optimizer, make_schedule
+
+STEPS = 1_430_512
+
+# The 3T run's published learning rates, to the digits given.
+PUBLISHED = {
+    0: (0.0, 0.0),
+    1_000: (2e-4, 1e-9),
+    2_000: (4e-4, 1e-9),
+    50_000: (3.990e-4, 5e-8),
+    240_000: (3.759e-4, 5e-8),
+    480_000: (3.094e-4, 5e-8),
+    715_000: (2.204e-4, 5e-8),
+    955_000: (1.298e-4, 5e-8),
+    1_195_000: (6.36e-5, 5e-8),
+    STEPS: (4e-5, 1e-9),
+}
+
+
+@pytest.mark.parametrize(("step", "lr"), PUBLISHED.items())
+def test_the_learning_rate_is_the_originals(step, lr):
+    schedule = make_schedule(OptimizerConfig(), STEPS)
+    assert float(schedule(step)) == pytest.approx(lr[0], abs=lr[1] + 1e-10)
+
+
+@pytest.mark.parametrize("matrices_only", [False, True])
+def test_ten_updates_follow_the_closed_form(matrices_only):
+    config = OptimizerConfig(
+        peak_lr=1e-2, end_lr=1e-3, warmup_steps=3, decay_matrices_only=matrices_only, clip_norm=0.5
+    )
+    optimizer, schedule = make_optimizer(config, 10), make_schedule(config, 10)
+    weights = llama.init_weights(SMALL, jax.random.key(0))
+    state = optimizer.init(weights)
+    by_hand = {name: np.asarray(w, np.float64) for name, w in named_leaves(weights).items()}
+    m = {name: np.zeros_like(w) for name, w in by_hand.items()}
+    v = {name: np.zeros_like(w) for name, w in by_hand.items()}
+    for step in range(10):
+        keys = jax.random.split(jax.random.key(step), len(by_hand))
+        structure = jax.tree.structure(weights)
+        grads = jax.tree.unflatten(
+            structure,
+            [jax.random.normal(k, w.shape) for k, w in zip(keys, by_hand.values(), strict=True)],
+        )
+        updates, state = optimizer.update(grads, state, weights)
+        weights = jax.tree.map(jnp.add, weights, updates)
+
+        g = {name: np.asarray(x, np.float64) for name, x in named_leaves(grads).items()}
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        for name, w in by_hand.items():
+            clipped = g[name] * min(1, 0.5 / norm)
+            m[name] = 0.9 * m[name] + 0.1 * clipped
+            v[name] = 0.95 * v[name] + 0.05 * clipped**2
+            adam = (m[name] / (1 - 0.9 ** (step + 1))) / (
+                np.sqrt(v[name] / (1 - 0.95 ** (step + 1))) + 1e-8
+            )
+            decay = 0.0 if matrices_only and name in NORM_GAINS else 0.1
+            by_hand[name] = w - float(schedule(step)) * (adam + decay * w)
+    for name, w in named_leaves(weights).items():
+        np.testing.assert_allclose(w, by_hand[name], rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_norm_gains_are_all_weights_that_are_vectors_within_a_layer():
+    names = named_leaves(llama.abstract_weights(SMALL))
+    vectors = {name for name, leaf in names.items() if leaf.ndim - name.startswith("blocks.") == 1}
+    assert vectors == set(NORM_GAINS)

@@ -1,0 +1,109 @@
+"""Datasets on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import golden_documents
+
+from tinyllama_jax.config import UserError
+from tinyllama_jax.data import prepare
+from tinyllama_jax.data.packing import pack
+from tinyllama_jax.data.prepare import read_manifest, write_dataset
+from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
+
+
+@pytest.fixture
+def splits():
+    return {split: golden_documents("prose", split) for split in ("train", "validation")}
+
+
+def test_a_dataset_is_read_back_by_tfds_alone(data, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_RECORDS", 3)
+    manifest = write_dataset("prose", splits, data.tokenizer, tmp_path / "d")
+    tokenizer = load_tokenizer(data.tokenizer)
+    for split, documents in splits.items():
+        wanted = list(pack([tokenizer.encode(d.text) for d in documents], 400))
+        source = tfds.builder_from_directory(tmp_path / "d").as_data_source(split=split)
+        assert len(source) == len(wanted) == manifest["splits"][split]["records"]
+        for record, found in zip(wanted, source, strict=True):
+            np.testing.assert_array_equal(found["tokens"], record)
+    assert len(manifest["splits"]["train"]["shards"]) > 1
+
+
+def test_the_manifest_tells_the_truth(data, splits, tmp_path):
+    write_dataset("prose", splits, data.tokenizer, tmp_path / "d")
+    manifest = read_manifest(tmp_path / "d")
+    assert manifest["tokenizer"] == {"sha256": file_sha256(data.tokenizer), "pieces": 400}
+    assert (manifest["bos"], manifest["eos"]) == (False, True)
+    tokenizer = load_tokenizer(data.tokenizer)
+    for split, facts in manifest["splits"].items():
+        total = sum(len(tokenizer.encode(d.text)) + 1 for d in splits[split])
+        assert facts["tokens"] + facts["dropped_tokens"] == total
+        assert facts["documents"] == len(splits[split])
+        for shard in facts["shards"]:
+            assert file_sha256(tmp_path / "d" / shard["file"]) == shard["sha256"]
+
+
+def test_preparing_twice_gives_the_same_bytes_and_leaves_the_first_alone(data, splits, tmp_path):
+    for name in "ab":
+        write_dataset("prose", splits, data.tokenizer, tmp_path / name)
+    hashes = [
+        {path.name: file_sha256(path) for path in (tmp_path / name).iterdir()} for name in "ab"
+    ]
+    assert hashes[0] == hashes[1]
+    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    write_dataset("prose", splits, data.tokenizer, tmp_path / "a")
+    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_text_does_not_overwrite_a_dataset(data, splits, tmp_path):
+    write_dataset("prose", splits, data.tokenizer, tmp_path / "d")
+    with pytest.raises(UserError, match="another text or tokenizer"):
+        write_dataset("prose", splits | {"train": splits["validation"]}, data.tokenizer,
+                      tmp_path / "d")  # fmt: skip
+
+
+def test_a_failure_leaves_nothing_behind(data, splits, tmp_path):
+    def broken():
+        yield splits["train"][0]
+        raise OSError("the disk went away")
+
+    class Documents(list):
+        def __getitem__(self, index):
+            raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        write_dataset("prose", splits | {"validation": Documents(splits["validation"])},
+                      data.tokenizer, tmp_path / "d")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_is_refused(data, splits, tmp_path):
+    with pytest.raises(UserError, match="fewer than the 8,193"):
+        write_dataset("prose", splits | {"validation": splits["validation"][:1]},
+                      data.tokenizer, tmp_path / "d")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_dataset_is_named(data, splits, tmp_path):
+    with pytest.raises(UserError, match="no dataset"):
+        read_manifest(tmp_path / "nowhere")
+    folder = tmp_path / "d"
+    write_dataset("prose", splits, data.tokenizer, folder)
+    shard = next(Path(folder).glob("*train.array_record*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=shard.name):
+        read_manifest(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        read_manifest(folder)
+    shard.write_bytes(whole)
+    text = (folder / "manifest.json").read_text()
+    for damaged in (text[:100], json.dumps({"splits": 3})):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(folder)
