@@ -1,15 +1,18 @@
 """Eight fake devices, and a run small enough to be stopped, killed and compared bit by bit."""
 
-import dataclasses
+import os
 from pathlib import Path
+
+# Unoptimised programs: they compile four times as fast, and the suite compiles more than it runs.
+# In the environment, so that the processes which tests start compile the same programs.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-
-from tinyllama_jax.config import (  # noqa: E402
+from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -19,10 +22,10 @@ from tinyllama_jax.config import (  # noqa: E402
     SourceConfig,
     ValidationConfig,
 )
-from tinyllama_jax.data.documents import Document  # noqa: E402
-from tinyllama_jax.data.prepare import write_dataset  # noqa: E402
-from tinyllama_jax.data.tokenizer import train_tokenizer  # noqa: E402
-from tinyllama_jax.runtime.mesh import make_mesh  # noqa: E402
+from tinyllama_jax.data.documents import Document
+from tinyllama_jax.data.prepare import write_dataset
+from tinyllama_jax.data.tokenizer import train_tokenizer
+from tinyllama_jax.runtime.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 400
@@ -87,9 +90,3 @@ def config(data, tmp_path) -> Config:
 def mesh():
     """One device."""
     return make_mesh(devices=jax.devices()[:1])
-
-
-@pytest.fixture
-def change():
-    """`change(config, **fields)`: dataclasses.replace under a shorter name."""
-    return dataclasses.replace

@@ -20,6 +20,8 @@ from tinyllama_jax.config import (
     to_json,
 )
 
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
 PRESETS = {
     "TINYLLAMA_1B": 1_100_048_384,
     "TINYLLAMA_CODE_8K": 1_100_048_384,
@@ -97,7 +99,7 @@ def test_a_model_survives_json(config):
     assert model_from_json(to_json(config)["model"]) == config.model
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_loads_and_says_how_to_run_it(path):
     assert isinstance(load_config(str(path)), Config)
-    assert f"tinyllama train {path}" in runpy.run_path(str(path))["__doc__"]
+    assert f"tinyllama train configs/{path.name}" in runpy.run_path(str(path))["__doc__"]

@@ -67,10 +67,6 @@ def test_another_text_does_not_overwrite_a_dataset(data, splits, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(data, splits, tmp_path):
-    def broken():
-        yield splits["train"][0]
-        raise OSError("the disk went away")
-
     class Documents(list):
         def __getitem__(self, index):
             raise OSError("the disk went away")

@@ -23,7 +23,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from tinyllama_jax.config import CheckpointConfig, UserError, require
 from tinyllama_jax.runtime.mesh import named_leaves
 
-ITEMS = ("weights", "optimizer", "run")
+ITEMS = {
+    "weights": ocp.StandardCheckpointHandler,
+    "optimizer": ocp.StandardCheckpointHandler,
+    "run": ocp.JsonCheckpointHandler,
+}
 HASHES = "sha256.json"
 
 
@@ -75,7 +79,11 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # what a killed save left behind
             )
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        # Named handlers, or a manager that has not saved yet knows no metadata.
+        handlers = {item: handler() for item, handler in ITEMS.items()}
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=tuple(ITEMS), item_handlers=handlers
+        )
 
     def save(self, state: dict[str, Any], run: dict[str, Any]) -> None:
         """Saves in the background; the state may be donated at once. Nothing, if it is saved.

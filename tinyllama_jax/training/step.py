@@ -93,7 +93,7 @@ def make_step(
         (loss, count, grads), _ = jax.lax.scan(micro_batch, zeros, (tokens_ABS, weights_ABT))
         loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, new_optimizer = optimizer.update(grads, state["optimizer"], state["weights"])
         new_weights = optax.apply_updates(state["weights"], updates)
 

@@ -1,0 +1,145 @@
+"""The command line as users meet it: exit codes, and one sentence for each mistake."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_loop import config_file
+
+from tinyllama_jax.cli import main
+from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.training import loop
+
+ROOT = Path(__file__).parent.parent
+
+
+def exit_code(argv):
+    try:
+        return main([str(arg) for arg in argv])
+    except SystemExit as stop:  # tyro's own
+        return stop.code
+
+
+@pytest.fixture
+def run(config, mesh):
+    loop.run(dataclasses.replace(config, steps=4), mesh)
+    return Path(config.run_folder)
+
+
+@pytest.fixture
+def file(config, tmp_path):
+    return config_file(config, tmp_path / "config.py")
+
+
+def test_help_names_every_verb(capsys):
+    assert exit_code(["--help"]) == 0
+    out = capsys.readouterr().out
+    for verb in ("train", "prepare", "tokenizer", "convert", "generate"):
+        assert verb in out
+        assert exit_code([verb, "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--optimizer.peek-lr", "1"], "--optimizer.peak-lr"),
+        (["--steps", "many"], "steps"),
+        (["--model.kv-heads", "4"], "kv heads that divide"),
+        (["--batch-rows", "20"], "divisible by the 8 devices"),
+        (["--data.tokenizer", "none.model"], "no tokenizer"),
+        (["--data.sources.0.path", "nowhere"], "no dataset"),
+        (["--data.sources.0.weight", "0"], "weight"),
+        (["--model.vocab-size", "500"], "make them equal"),
+        (["--model.context", "100"], "must divide"),
+    ],
+)
+def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
+    file, config, options, words, capsys
+):
+    assert exit_code(["train", file, *options]) == 2
+    out, err = capsys.readouterr()
+    assert words in out + err
+    assert "Traceback" not in out + err
+    assert not Path(config.run_folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "tinyllama VERB"),
+        (["trian"], "no verb 'trian'"),
+        (["train"], "Name a config"),
+        (["train", "nowhere.py"], "no config file"),
+        (["generate", "nowhere", "--prompt", "x"], "no run"),
+        (["generate", "nowhere"], "either --prompt"),
+        (["convert", "nowhere", "out", "--to", "hf"], "no run"),
+        (["convert", "nowhere", "out", "--to", "gguf"], "hf"),
+        (["prepare", "stdlib", "--tokenizer", "none", "--out", "out"], "no tokenizer"),
+        (["tokenizer", "nowhere.txt", "--vocab-size", "400"], "cannot be read"),
+        (["tokenizer", "--vocab-size", "400"], "no text"),
+    ],
+)
+def test_a_mistaken_command_costs_one_message(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(argv) == 2
+    out, err = capsys.readouterr()
+    assert words in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_field_of_the_config_is_an_option(file, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", file, "--help"])
+    out = capsys.readouterr().out
+    for option in ("--steps", "--model.rope-base", "--optimizer.decay-matrices-only",
+                   "--data.sources.1.weight", "--checkpoint.permanent-every", "--sample.prompts",
+                   "--validation.rows", "--compute-dtype"):  # fmt: skip
+        assert option in out
+
+
+def test_generate_prints_ids_alone_or_text(run, capsys):
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt-ids", "5", "9", "--max-tokens", "6", "--ids"]) == 0
+    ids = [int(token) for token in capsys.readouterr().out.split()]
+    assert 0 < len(ids) <= 6
+    assert main(["generate", str(run), "--prompt", "The", "--max-tokens", "6"]) == 0
+    text = capsys.readouterr().out
+    tokenizer = load_tokenizer(run / "tokenizer.model")
+    assert text.startswith("The") and len(tokenizer.encode(text)) > 1
+
+
+def test_a_copied_run_folder_still_generates(run, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    assert main(["generate", str(moved), "--prompt", "The", "--max-tokens", "3"]) == 0
+
+
+def test_a_missing_step_is_named(run, tmp_path, capsys):
+    argv = ["convert", str(run), str(tmp_path / "out"), "--to", "hf", "--step", "77"]
+    assert exit_code(argv) == 2
+    assert "no checkpoint of step 77" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number):
+    config = dataclasses.replace(config, steps=5000)
+    command = [sys.executable, "launch/cpu.py", config_file(config, tmp_path / "config.py")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    metrics = Path(config.run_folder) / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, out
+    assert f"Stopped by {number.name}" in out and "same command again" in out
+    assert list((Path(config.run_folder) / "checkpoints").glob("*/sha256.json"))

@@ -1,0 +1,63 @@
+"""Held-out loss, and the models it is measured against."""
+
+import gzip
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from tinyllama_jax.inference import evaluate
+from tinyllama_jax.model import llama
+from tinyllama_jax.runtime.mesh import make_mesh
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_mean_is_over_all_rows_whatever_the_batch(devices):
+    weights = llama.init_weights(SMALL, jax.random.key(0))
+    rows = np.random.default_rng(0).integers(0, SMALL.vocab_size, (13, 65)).astype(np.int32)
+    logits = np.asarray(llama.apply(SMALL, weights, rows[:, :-1]), np.float64)
+    by_hand = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+        logits, rows[:, 1:, None], -1
+    ).squeeze(-1)
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        score = evaluate.make_score(SMALL, mesh, jnp.float32)
+        found = evaluate.evaluate(score, weights, list(rows), batch_rows=8, mesh=mesh)
+    assert found.tokens == 13 * 64
+    assert found.loss == pytest.approx(by_hand.mean(), rel=1e-6)
+    assert found.bits_per_byte(2000) == pytest.approx(by_hand.sum() / math.log(2) / 2000, rel=1e-6)
+
+
+def test_unigram_entropy_of_a_coin():
+    assert evaluate.unigram_entropy(np.array([[0, 1, 0, 1]]), 5) == pytest.approx(math.log(2))
+    assert evaluate.unigram_entropy(np.array([[3, 3, 3]]), 5) == 0
+
+
+def test_bigram_loss_equals_counting_by_hand():
+    rng = np.random.default_rng(1)
+    train, held_out = rng.integers(0, 6, (20, 9)) % 5, rng.integers(0, 7, (4, 9))
+    pairs, contexts, unigrams = Counter(), Counter(), Counter()
+    for row in train:
+        for a, b in zip(row[:-1], row[1:], strict=True):
+            pairs[a, b] += 1
+            contexts[a] += 1
+            unigrams[b] += 1
+    kinds = Counter(a for a, _ in pairs)
+    total, losses = sum(unigrams.values()), []
+    for row in held_out:
+        for a, b in zip(row[:-1], row[1:], strict=True):
+            unigram = (unigrams[b] + len(unigrams) / 7) / (total + len(unigrams))
+            bigram = unigram
+            if contexts[a]:
+                bigram = (pairs[a, b] + kinds[a] * unigram) / (contexts[a] + kinds[a])
+            losses.append(-math.log(bigram))
+    assert evaluate.bigram_loss(train, held_out, 7) == pytest.approx(np.mean(losses))
+
+
+def test_gzip_is_level_nine():
+    text = b"the same words, the same words, the same words" * 20
+    assert evaluate.gzip_bits_per_byte(text) == 8 * len(gzip.compress(text, 9)) / len(text)

@@ -1,0 +1,214 @@
+"""Whole runs: what they leave behind, and that stopping one changes nothing."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from tensorboard_reader import scalars
+
+from tinyllama_jax.config import CheckpointConfig, OptimizerConfig, UserError, to_json
+from tinyllama_jax.runtime.checkpoint import Checkpoints
+from tinyllama_jax.runtime.mesh import make_mesh, named_leaves
+from tinyllama_jax.training import loop
+from tinyllama_jax.training.metrics import Metrics, read_metrics
+from tinyllama_jax.training.step import abstract_state
+
+
+def losses(config):
+    found = read_metrics(config.run_folder)
+    return {step: values["train/loss"] for step, values in found.items() if "train/loss" in values}
+
+
+def final_state(config):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    checkpoints = Checkpoints(config.run_folder)
+    state = checkpoints.restore(config.steps, abstract_state(config, mesh))
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+
+
+def assert_same_run(config, other):
+    assert losses(config) == losses(other)
+    assert sorted(losses(config)) == list(range(1, config.steps + 1))
+    a, b = final_state(config), final_state(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def elsewhere(config, name, **fields):
+    folder = str(Path(config.run_folder).with_name(name))
+    return dataclasses.replace(config, run_folder=folder, **fields)
+
+
+def config_file(config, path):
+    path.write_text(
+        f"from tinyllama_jax.config import *\n\ndef get_config():\n    return {config!r}\n"
+    )
+    return str(path)
+
+
+def stop_at(monkeypatch, step):
+    """Sends SIGTERM as soon as the metrics of a step are written."""
+    write = Metrics.write
+
+    def write_and_signal(self, at, values):
+        write(self, at, values)
+        if at == step and "train/loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "write", write_and_signal)
+
+
+def test_a_run_leaves_what_its_folder_promises(config, mesh):
+    assert loop.run(config, mesh)
+    folder = Path(config.run_folder)
+    assert json.loads((folder / "config.json").read_text()) == to_json(config)
+    assert (folder / "tokenizer.model").read_bytes() == Path(config.data.tokenizer).read_bytes()
+    assert json.loads((folder / "environment.json").read_text())["packages"]["jax"]
+    assert (folder / "samples" / "0000012.txt").read_text().startswith("The")
+    assert Checkpoints(folder).steps() == [9, 12]
+
+    metrics = read_metrics(folder)
+    assert sorted(metrics) == list(range(1, 13))
+    rows, context = 16 * 12, config.model.context
+    last = metrics[12]
+    assert last["data/tokens"] == rows * context
+    assert last["data/prose/tokens"] == round(0.7 * rows) * context
+    assert last["train/lr"] == pytest.approx(1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi * 8 / 9)))
+    for name in ("val/prose/loss", "val/code/loss", "val/prose/bpb", "val/code/bpb"):
+        assert name in metrics[6] and name in last
+    for name in ("train/grad_norm", "perf/tokens_per_sec", "perf/tokens_per_sec_per_device"):
+        assert np.isfinite(last[name])
+    assert last["train/loss"] < metrics[1]["train/loss"] - 1
+    board = scalars(folder / "tensorboard")
+    for step, values in metrics.items():
+        for name, value in values.items():
+            assert board[name, step] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_first_losses_are_those_on_record(config, mesh):
+    """A change of the numbers shows here. If it is meant, record the new ones and say why."""
+    loop.run(config, mesh)
+    recorded = json.loads((GOLDEN / "losses.json").read_text())
+    np.testing.assert_allclose(list(losses(config).values()), recorded, rtol=2e-4)
+
+
+def test_a_run_stopped_at_random_steps_is_bitwise_the_unbroken_one(config, monkeypatch):
+    unbroken, broken = elsewhere(config, "unbroken"), elsewhere(config, "broken")
+    assert loop.run(unbroken)
+    for step in sorted(random.Random(0).sample(range(1, config.steps - 1), 3)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert not loop.run(broken)
+        # The signal came while the next step was under way, which is finished and saved.
+        assert step <= Checkpoints(broken.run_folder).steps()[-1] <= step + 2
+    assert loop.run(broken)
+    assert_same_run(unbroken, broken)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_killed_at_random_moments_is_bitwise_the_unbroken_one(config, tmp_path):
+    config = dataclasses.replace(config, steps=48, checkpoint=CheckpointConfig(every=2, keep=2))
+    unbroken, broken = elsewhere(config, "unbroken"), elsewhere(config, "broken")
+    assert loop.run(unbroken)
+    command = [sys.executable, "-m", "tinyllama_jax.cli", "train"]
+    command.append(config_file(broken, tmp_path / "config.py"))
+    metrics, rng = Path(broken.run_folder) / "metrics.jsonl", random.Random(1)
+    for kill in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        lines = metrics.read_text().count("\n") if metrics.exists() else 0
+        while metrics.exists() <= 0 or metrics.read_text().count("\n") < lines + 4 + 2 * kill:
+            assert process.poll() is None, process.communicate()[0].decode()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(unbroken, broken)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+def test_a_run_moves_from_one_device_to_eight_and_back(config, monkeypatch, dtype, tolerance):
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    alone, moved = elsewhere(config, "alone"), elsewhere(config, "moved")
+    one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh()
+    assert loop.run(alone, one)
+    for mesh, step in [(one, 3), (eight, 7)]:
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert not loop.run(moved, mesh)
+    assert loop.run(moved, one)
+    a, b = losses(alone), losses(moved)
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=tolerance)
+
+
+def test_a_finished_run_is_left_alone(config, mesh, capsys):
+    assert loop.run(config, mesh)
+    before = losses(config)
+    capsys.readouterr()
+    assert loop.run(config, mesh)
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert losses(config) == before
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(config, mesh):
+    wild = OptimizerConfig(peak_lr=1e30, end_lr=0.0, warmup_steps=0, clip_norm=1e30)
+    config = dataclasses.replace(config, optimizer=wild, checkpoint=CheckpointConfig(every=1))
+    with pytest.raises(loop.Diverged, match="3 steps in a row"):
+        loop.run(config, mesh)
+    steps = Checkpoints(config.run_folder).steps()
+    assert steps and steps[-1] < config.steps
+    assert all(np.isfinite(leaf).all() for leaf in restored(config, steps[-1]).values())
+
+
+def restored(config, step):
+    state = abstract_state(config, make_mesh(devices=jax.devices()[:1]))
+    return named_leaves(Checkpoints(config.run_folder).restore(step, state))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"steps": 20}, "steps: 12 -> 20"),
+        ({"optimizer": OptimizerConfig(warmup_steps=1)}, "optimizer.peak_lr"),
+    ],
+)
+def test_a_run_of_another_config_is_refused(config, mesh, fields, words):
+    loop.run(config, mesh)
+    before = (Path(config.run_folder) / "config.json").read_text()
+    with pytest.raises(UserError, match=words):
+        loop.run(dataclasses.replace(config, **fields), mesh)
+    assert (Path(config.run_folder) / "config.json").read_text() == before
+
+
+def test_a_run_of_other_data_is_refused(config, mesh, tmp_path):
+    loop.run(config, mesh)
+    source = config.data.sources[0]
+    manifest = Path(source.path) / "manifest.json"
+    text = manifest.read_text()
+    try:
+        manifest.write_text(text.replace("CPython", "OtherPython"))
+        with pytest.raises(UserError, match="trained on other data"):
+            loop.run(config, mesh)
+    finally:
+        manifest.write_text(text)
+
+
+def test_a_tokenizer_of_another_size_is_refused(config, mesh):
+    model = dataclasses.replace(config.model, vocab_size=500)
+    with pytest.raises(UserError, match="400 pieces and model.vocab_size is 500"):
+        loop.run(dataclasses.replace(config, model=model), mesh)
+    assert not Path(config.run_folder).exists()

@@ -1,0 +1,37 @@
+"""Numbers of a run, on disk."""
+
+import pytest
+
+from tinyllama_jax.config import TINYLLAMA_1B
+from tinyllama_jax.training.flops import flops_per_token, mfu
+from tinyllama_jax.training.metrics import Metrics, read_metrics
+
+
+def test_a_repeated_step_counts_once_and_a_torn_line_not_at_all(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": float(step)})
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "train/lo')  # killed within the line
+    metrics = Metrics(tmp_path, 1)
+    metrics.write(2, {"train/loss": 20.0})
+    metrics.write(2, {"val/prose/loss": 5.0})
+    metrics.close()
+    assert read_metrics(tmp_path) == {
+        1: {"train/loss": 1.0},
+        2: {"train/loss": 20.0, "val/prose/loss": 5.0},
+        3: {"train/loss": 3.0},
+    }
+
+
+def test_flops_of_the_1b_are_those_of_the_recipe():
+    assert flops_per_token(TINYLLAMA_1B, causal=False) == pytest.approx(7.314e9, rel=1e-4)
+    assert flops_per_token(TINYLLAMA_1B, causal=True) == pytest.approx(6.761e9, rel=1e-4)
+
+
+def test_mfu_of_the_original_and_of_an_unknown_chip():
+    a100 = "NVIDIA A100-SXM4-40GB"
+    assert mfu(TINYLLAMA_1B, 24_000, a100, causal=False) == pytest.approx(0.563, abs=5e-4)
+    assert mfu(TINYLLAMA_1B, 24_000, a100, causal=True) == pytest.approx(0.520, abs=5e-4)
+    assert mfu(TINYLLAMA_1B, 24_000, "cpu", causal=True) is None
