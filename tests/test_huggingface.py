@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -123,12 +124,12 @@ def small_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights():
     """Random everywhere, gains included, so that no two tensors can be taken for each other."""
-    leaves, structure = jax.tree.flatten(llama.abstract_weights(CONFIG))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    draws = [
-        0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, draws)
+    generator = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * generator.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree.map(draw, llama.abstract_weights(CONFIG))
 
 
 @pytest.fixture(scope="session")
@@ -417,24 +418,67 @@ def test_tokenizer_json_refuses_what_is_no_tokenizer(exported, tmp_path):
         huggingface.tokenizer_json(tmp_path / "nowhere.model")
 
 
-def test_merges_are_ordered_by_score_and_not_by_id(small_tokenizer, tmp_path):
-    """The ids of two pieces swapped: the merges must not follow."""
-    fields = list(tokenizer_json.protobuf_fields(small_tokenizer.read_bytes()))
-    first, second = 270, 400
-    fields[first], fields[second] = fields[second], fields[first]
+def rewrite(source, target, edit):
+    """The sentencepiece model `source` with its list of [name, score, kind] changed by `edit`."""
 
     def varint(number):
-        head = bytes([number & 0x7F | (0x80 if number > 0x7F else 0)])
-        return head + (varint(number >> 7) if number > 0x7F else b"")
+        more = number > 0x7F
+        return bytes([number & 0x7F | more << 7]) + (varint(number >> 7) if more else b"")
 
-    swapped = tmp_path / "swapped.model"
-    swapped.write_bytes(
-        b"".join(varint(number << 3 | 2) + varint(len(v)) + v for number, v in fields)
-    )
+    def message(number, content):
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    fields = list(tokenizer_json.protobuf_fields(source.read_bytes()))
+    raw = [{3: 1, **dict(tokenizer_json.protobuf_fields(value))} for n, value in fields if n == 1]
+    pieces = [[piece[1], struct.unpack("<f", piece[2])[0], piece[3]] for piece in raw]
+    edit(pieces)
+    written = [
+        message(1, message(1, name) + b"\x15" + struct.pack("<f", score) + b"\x18" + varint(kind))
+        for name, score, kind in pieces
+    ]
+    others = [message(n, value) for n, value in fields if n != 1]
+    target.write_bytes(b"".join(written + others))
+    return target
+
+
+def test_merges_are_ordered_by_score_and_not_by_id(small_tokenizer, tmp_path):
+    def swap(pieces):
+        pieces[270], pieces[400] = pieces[400], pieces[270]
+
     before = huggingface.tokenizer_json(small_tokenizer)["model"]
-    after = huggingface.tokenizer_json(swapped)["model"]
+    after = huggingface.tokenizer_json(rewrite(small_tokenizer, tmp_path / "new", swap))["model"]
     assert before["vocab"] != after["vocab"]
     assert before["merges"] == after["merges"]
+
+
+def test_tokenizer_json_refuses_pieces_whose_merges_would_differ(small_tokenizer, tmp_path):
+    names = [piece for piece in huggingface.tokenizer_json(small_tokenizer)["model"]["vocab"]]
+
+    def tie(pieces):
+        pieces[names.index("he")][1] = pieces[names.index("in")][1]
+
+    def drop(pieces):
+        pieces[names.index("q")][0] = "\u00b6".encode()
+
+    for edit, named in ((tie, "score of its own"), (drop, "piece for every character")):
+        with pytest.raises(UserError, match=named):
+            huggingface.tokenizer_json(rewrite(small_tokenizer, tmp_path / "new", edit))
+
+
+@pytest.mark.torch
+def test_runs_of_spaces_of_one_score_merge_alike(small_tokenizer, tmp_path):
+    """Llama 2 gives every run of spaces the same score, far below all others."""
+    from transformers import AutoTokenizer
+
+    def level(pieces):
+        for piece in pieces:
+            if set(piece[0].decode()) == {"\u2581"}:
+                piece[1] = -1e9
+
+    file = rewrite(small_tokenizer, tmp_path / "level.model", level)
+    processor, transformed = open_both(file, tmp_path / "model", AutoTokenizer)
+    runs = [text + " " * n + "return" for text in ("", "x", "\n") for n in range(80)]
+    assert transformed(runs)["input_ids"] == processor.encode(runs)
 
 
 @pytest.fixture(scope="module", params=["small", "llama2"])
@@ -453,7 +497,8 @@ def both_tokenizers(request, small_tokenizer, tmp_path_factory):
 def open_both(file, folder, auto):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     config = dataclasses.replace(CONFIG, vocab_size=processor.get_piece_size(), context=10_000)
-    huggingface.export(llama.init_weights(config, jax.random.key(0)), config, file, folder)
+    weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape), llama.abstract_weights(config))
+    huggingface.export(weights, config, file, folder)
     return processor, auto.from_pretrained(folder)
 
 

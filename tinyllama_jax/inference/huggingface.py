@@ -1,6 +1,7 @@
 """To and from Hugging Face: a folder that transformers opens, written and read without torch."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -343,12 +344,13 @@ def check(folder: Path, config: LlamaConfig, weights: Weights) -> float:
         ) from error
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
+    apply = jax.jit(functools.partial(llama.apply, config))
     generator, largest = np.random.default_rng(0), 0.0
     for length in sorted({min(length, config.context) for length in (1, 7, 64, 256)}):
         tokens_BT = generator.integers(config.vocab_size, size=(2, length))
         # GPUs multiply fp32 matrices in fewer bits unless told otherwise.
         with jax.default_matmul_precision("highest"):
-            ours_BTV = np.asarray(llama.apply(config, weights, jnp.asarray(tokens_BT)))
+            ours_BTV = np.asarray(apply(weights, tokens_BT))
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT)).logits.numpy()
         largest = max(largest, float(np.abs(ours_BTV - theirs_BTV).max()))
