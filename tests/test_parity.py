@@ -1,0 +1,114 @@
+"""The same weights give the same logits and gradients in transformers and here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.inference import huggingface
+from tinyllama_jax.model import llama
+
+pytestmark = pytest.mark.torch
+
+SHAPE = dict(vocab_size=301, layers=2, width=96, query_heads=6, swiglu_width=130, context=64)
+CONFIGS = {
+    "gqa": LlamaConfig(**SHAPE, kv_heads=2, head_width=10, rope_base=7e3, norm_eps=1e-6),
+    "mqa": LlamaConfig(**SHAPE, kv_heads=1, head_width=14, rope_base=5e5),
+    "mha": LlamaConfig(**SHAPE, kv_heads=6, head_width=16, rope_base=123.0),
+    "gqa_rope_factor": LlamaConfig(**SHAPE, kv_heads=3, head_width=18, rope_factor=4.0),
+}
+
+
+def random_weights(config):
+    """Nothing at rest: gains away from 1, matrices large enough for uneven attention."""
+    generator = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = jnp.asarray(generator.standard_normal(leaf.shape, np.float32))
+        return 1 + 0.2 * noise if "norm" in jax.tree_util.keystr(path) else 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(draw, llama.abstract_weights(config))
+
+
+def hf_arrays(config, flat):
+    """Our leaves by path, as Hugging Face's tensors by name."""
+    table = huggingface.tensors(config).items()
+    return {name: row.to_hf(np.asarray(flat[row.path][row.index])) for name, row in table}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    """A config, its weights and transformers' model with them."""
+    import torch
+    import transformers
+
+    config = CONFIGS[request.param]
+    rope = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_factor != 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_factor}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.swiglu_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.query_heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            max_position_embeddings=config.context,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+        )
+    )
+    weights = random_weights(config)
+    arrays = hf_arrays(config, traverse_util.flatten_dict(weights, sep="."))
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+    return config, weights, model.eval()
+
+
+def random_tokens(config, length):
+    return np.random.default_rng(length).integers(config.vocab_size, size=(2, length))
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_logits_equal_those_of_transformers(pair, length):
+    import torch
+
+    config, weights, model = pair
+    tokens_BT = random_tokens(config, length)
+    ours_BTV = jax.jit(functools.partial(llama.apply, config))(weights, tokens_BT)
+    with torch.no_grad():
+        theirs_BTV = model(torch.from_numpy(tokens_BT)).logits.numpy()
+    assert theirs_BTV.std() > 0.5, "logits too small to tell anything"
+    np.testing.assert_allclose(ours_BTV, theirs_BTV, rtol=0, atol=2e-5)
+
+
+def test_gradients_equal_those_of_transformers(pair):
+    import torch
+
+    config, weights, model = pair
+    tokens_BT = random_tokens(config, 64)
+
+    @jax.jit
+    @jax.grad
+    def gradients(weights):
+        logits_BTV = llama.apply(config, weights, tokens_BT[:, :-1])
+        log_BTV = jax.nn.log_softmax(logits_BTV)
+        return -jnp.take_along_axis(log_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+
+    ours = hf_arrays(config, traverse_util.flatten_dict(gradients(weights), sep="."))
+    model.zero_grad()
+    tokens = torch.from_numpy(tokens_BT)
+    logits = model(tokens[:, :-1]).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+    theirs = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        size = np.linalg.norm(gradient)
+        assert size > 0, name
+        assert np.linalg.norm(ours[name] - gradient) < 1e-4 * size, name
