@@ -1,12 +1,17 @@
 """Eight fake devices, and a run small enough to be stopped, killed and compared bit by bit."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Unoptimised programs: they compile four times as fast, and the suite compiles more than it runs.
 # In the environment, so that the processes which tests start compile the same programs.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# One program is compiled once a session, however many runs and processes ask for it.
+COMPILED = tempfile.TemporaryDirectory(prefix="tinyllama-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np

@@ -81,7 +81,7 @@ def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
         (["convert", "nowhere", "out", "--to", "gguf"], "hf"),
         (["prepare", "stdlib", "--tokenizer", "none", "--out", "out"], "no tokenizer"),
         (["tokenizer", "nowhere.txt", "--vocab-size", "400"], "cannot be read"),
-        (["tokenizer", "--vocab-size", "400"], "no text"),
+        (["tokenizer", "--vocab-size", "400"], "give more text"),
     ],
 )
 def test_a_mistaken_command_costs_one_message(argv, words, capsys, tmp_path, monkeypatch):

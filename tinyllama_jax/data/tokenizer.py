@@ -68,10 +68,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
             minloglevel=2,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1:] or ["no text"]
         raise UserError(
             f"No tokenizer of {vocab_size} pieces can be trained on this text: "
-            f"give more text or a smaller --vocab-size ({reason[0]})."
+            f"give more text or a smaller --vocab-size ({error})."
         ) from None
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
