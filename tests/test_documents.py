@@ -71,6 +71,7 @@ def test_code_compiles_and_has_no_docstrings(whole):
         ('"""Doc."""  # noted\nx = 1\n', "x = 1\n"),
         ('"Doc."\n"More."\nx = 1', "x = 1"),
         ('"""Doc."""', ""),
+        ('"Doc."; "More."\nx = 1\n', "pass; pass\nx = 1\n"),
         ('def f():\n    """Doc\n    two."""\n\n    return 1\n', "def f():\n    return 1\n"),
         ('def f(): "Doc."; return 1\n', "def f(): pass; return 1\n"),
         ('def f():\n    "Doc."; return 1\n', "def f():\n    pass; return 1\n"),
@@ -179,11 +180,12 @@ def test_folder_is_read_without_what_is_left_out(tmp_path):
         "pack/__init__.py": f'"""Doc {long}"""\nx = "{long}"\n'.encode(),
         "pack/part.py": f'# -*- coding: latin-1 -*-\nx = "é{long}"\n'.encode("latin-1"),
         "pack/odd.py": f'"""\\d {long}"""\n'.encode(),
+        "pack/half.py": f'"""\\ud800 {long}"""\n'.encode(),
         "pack/README": long.encode(),
         "pack/notes.txt": long.encode(),
         "pack/table.csv": long.encode(),
         "short.py": b'"""Doc."""\nx = 1\n',
-        "binary.txt": b"\xff" * 200,
+        "binary.txt": b"text\n" * 200 + b"\xff",
         "undecoded.py": b'x = "\xff"' + b"\n" * 200,
         "unparsed.py": b"x =" + b"\n" * 200,
         "zeros.py": b"x = 1\0" + b"\n" * 200,
@@ -205,6 +207,7 @@ def test_folder_is_read_without_what_is_left_out(tmp_path):
         ("code", "pack"): f'x = "{long}"\n',
         ("code", "pack.part"): f'# -*- coding: latin-1 -*-\nx = "é{long}"\n',
         ("prose", "pack"): f"Doc {long}",
+        ("prose", "pack.half"): f"? {long}",
         ("prose", "pack.odd"): f"\\d {long}",
         ("prose", "text:pack/README"): long,
         ("prose", "text:pack/notes.txt"): long,
@@ -234,6 +237,12 @@ def test_what_a_document_shares_with_training_is_cut_out_of_it():
     # Partial lines go with the cut, and so do pieces that are too short to be a document.
     beside = Document("module", f"{before}\nbeside {shared} it\n{after[: SHORTEST_PIECE - 1]}")
     assert without_passages(beside, trained) == [Document("module#1", before)]
+    lines = random_text(6, 140) + "\nlast line"
+    across = Document("module", f"{before}\n{lines}\n{after}")
+    assert without_passages(across, np.sort(passages(f"<{lines}>"))) == [
+        Document("module#1", before),
+        Document("module#2", after),
+    ]
     alone = Document("module", before)
     assert without_passages(alone, trained) == [alone]
     assert without_passages(Document("module", shared), trained) == []
