@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
     swiglu_width=34,
     context=32,
     rope_base=7e3,
-    norm_eps=1e-6,
+    norm_eps=1e-4,
 )
 
 STRINGS = {
@@ -188,7 +188,21 @@ def test_load_returns_what_export_was_given_bit_for_bit(exported, weights):
 
 def test_matrices_are_stored_out_by_in_with_heads_outermost(exported, weights):
     stored = safetensors.numpy.load_file(exported / "model.safetensors")
-    D, H = CONFIG.width, CONFIG.head_width
+    D, F, H, V = CONFIG.width, CONFIG.swiglu_width, CONFIG.head_width, CONFIG.vocab_size
+    shapes = {name: array.shape for name, array in stored.items()}
+    assert (
+        shapes.items()
+        >= {
+            "model.embed_tokens.weight": (V, D),
+            "model.layers.1.self_attn.k_proj.weight": (CONFIG.kv_heads * H, D),
+            "model.layers.1.self_attn.v_proj.weight": (CONFIG.kv_heads * H, D),
+            "model.layers.1.mlp.gate_proj.weight": (F, D),
+            "model.layers.1.mlp.up_proj.weight": (F, D),
+            "model.layers.1.mlp.down_proj.weight": (D, F),
+            "model.norm.weight": (D,),
+            "lm_head.weight": (V, D),
+        }.items()
+    )
     query = stored["model.layers.1.self_attn.q_proj.weight"]
     assert query.shape == (CONFIG.query_heads * H, D)
     assert query[2 * H + 3, 5] == weights["blocks"]["query_DNH"][1, 5, 2, 3]
@@ -200,6 +214,35 @@ def test_matrices_are_stored_out_by_in_with_heads_outermost(exported, weights):
 def test_export_writes_exactly_the_files_it_may_replace(exported):
     assert {path.name for path in exported.iterdir()} == huggingface.FILES
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]
+
+
+def test_configs_hold_what_each_transformers_reads(weights, small_tokenizer, tmp_path):
+    config = dataclasses.replace(CONFIG, rope_factor=4.0)
+    huggingface.export(weights, config, small_tokenizer, tmp_path / "model")
+    written = {
+        name: json.loads((tmp_path / "model" / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "tokenizer_config", "special_tokens_map")
+    }
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    assert (
+        written["config"].items()
+        >= {
+            "architectures": ["LlamaForCausalLM"],
+            "rms_norm_eps": 1e-4,
+            "rope_parameters": {**scaling, "rope_theta": 7e3},
+            "rope_theta": 7e3,
+            "rope_scaling": scaling,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }.items()
+    )
+    assert written["generation_config"] == {"bos_token_id": 1, "eos_token_id": 2}
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    assert written["special_tokens_map"] == special
+    adds = {"add_bos_token": False, "add_eos_token": False}
+    assert written["tokenizer_config"].items() >= {**special, **adds}.items()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -275,8 +318,8 @@ def test_load_refuses_tensors_that_do_not_fit(exported, tmp_path):
 
     for number, (edit, named) in enumerate(
         [
-            (lambda tensors: tensors.pop(name), name),
-            (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "extra"),
+            (lambda tensors: tensors.pop(name), f"{name} is missing"),
+            (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "extra is unknown"),
             (lambda tensors: tensors.update({name: tensors[name].astype(np.int32)}), name),
             (transpose, name),
             (spoil, name),
@@ -368,6 +411,16 @@ def test_export_replaces_an_earlier_export(copied, weights, small_tokenizer):
     assert list(copied.parent.iterdir()) == [copied]
 
 
+def test_a_failing_export_cleans_up(weights, small_tokenizer, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        huggingface.export(weights, CONFIG, small_tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("earlier", [False, True])
 def test_an_export_killed_on_its_way_leaves_no_half_folder(
     earlier, exported, weights, small_tokenizer, tmp_path, monkeypatch
@@ -452,7 +505,7 @@ def test_merges_are_ordered_by_score_and_not_by_id(small_tokenizer, tmp_path):
 
 
 def test_tokenizer_json_refuses_pieces_whose_merges_would_differ(small_tokenizer, tmp_path):
-    names = [piece for piece in huggingface.tokenizer_json(small_tokenizer)["model"]["vocab"]]
+    names = list(huggingface.tokenizer_json(small_tokenizer)["model"]["vocab"])
 
     def tie(pieces):
         pieces[names.index("he")][1] = pieces[names.index("in")][1]
