@@ -16,7 +16,7 @@ pytestmark = pytest.mark.torch
 
 SHAPE = dict(vocab_size=301, layers=2, width=96, query_heads=6, swiglu_width=130, context=64)
 CONFIGS = {
-    "gqa": LlamaConfig(**SHAPE, kv_heads=2, head_width=10, rope_base=7e3, norm_eps=1e-6),
+    "gqa": LlamaConfig(**SHAPE, kv_heads=2, head_width=10, rope_base=7e3, norm_eps=1e-4),
     "mqa": LlamaConfig(**SHAPE, kv_heads=1, head_width=14, rope_base=5e5),
     "mha": LlamaConfig(**SHAPE, kv_heads=6, head_width=16, rope_base=123.0),
     "gqa_rope_factor": LlamaConfig(**SHAPE, kv_heads=3, head_width=18, rope_factor=4.0),

@@ -95,9 +95,14 @@ class Tensor:
         return array.T.reshape(self.shape) if self.contracted else array
 
 
+def flatten(tree: Weights) -> dict[str, Any]:
+    """Leaves by dotted path."""
+    return {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
 def leaves(config: LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every weight of the model by its dotted path."""
-    return traverse_util.flatten_dict(llama.abstract_weights(config), sep=".")
+    return flatten(llama.abstract_weights(config))
 
 
 def tensors(config: LlamaConfig) -> dict[str, Tensor]:
@@ -143,7 +148,7 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
         f"{tokenizer} has {pieces} pieces and the model {config.vocab_size}: "
         "give the tokenizer that the model was trained with.",
     )
-    flat = traverse_util.flatten_dict(weights, sep=".")
+    flat = flatten(weights)
     wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
     for path in sorted(flat.keys() | wanted.keys()):
         found = np.shape(flat[path]) if path in flat else None

@@ -108,7 +108,7 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
     ]
     # sentencepiece merges the best score first and the leftmost of equals. Llama 2 gives all runs
     # of spaces one score: among them the leftmost is the run that has already grown longest.
-    merges.sort(key=lambda merge: (-scores["".join(merge)], -len("".join(merge)), -len(merge[0])))
+    merges.sort(key=lambda merge: (-scores["".join(merge)], -len(merge[0])))
     space = {"String": "\u2581"}
     prefix = bool(normalizer[3])
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
