@@ -1,7 +1,9 @@
-"""A Llama of 5 million parameters on the standard library of the running Python.
+"""A Llama of 3.2 million parameters on the standard library of the running Python.
 
-Run:     make train      (or: tinyllama train configs/demo.py)
-Needs:   data/demo, written by `tinyllama prepare stdlib` (the Makefile does)
+Run:     make train
+         (which ends in: tinyllama train configs/demo.py)
+Reads:   data/demo, written by `tinyllama prepare stdlib`
+Expect:  the README's table "What the demo reaches"
 """
 
 from tinyllama_jax.config import (
@@ -27,10 +29,11 @@ def get_config() -> Config:
             ),
             tokenizer="data/demo/tokenizer.model",
         ),
-        steps=300,
-        batch_rows=16,
-        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=30),
-        checkpoint=CheckpointConfig(every=100, keep=2),
-        validation=ValidationConfig(every=100, rows=32),
-        sample=SampleConfig(every=100, prompts=("The", "def "), max_tokens=48),
+        steps=450,
+        batch_rows=8,
+        micro_batches=2,  # half the rows at a time stay in a laptop's caches
+        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=40),
+        checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
+        validation=ValidationConfig(every=150, rows=32),
+        sample=SampleConfig(every=150, prompts=("The", "def "), max_tokens=48),
     )

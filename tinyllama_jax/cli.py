@@ -155,10 +155,8 @@ def generate(
         config, weights = huggingface.load(path)
     else:
         config, weights = open_run(path, None)
-    processor = None
-    if prompt is not None or not ids:
-        processor = load_tokenizer(path / "tokenizer.model")
-    start = list(prompt_ids) if prompt is None else processor.encode(prompt)
+    model = path / "tokenizer.model"
+    start = list(prompt_ids) if prompt is None else load_tokenizer(model).encode(prompt)
     new = continue_ids(
         config,
         weights,
@@ -168,7 +166,10 @@ def generate(
         temperature=temperature,
         seed=seed,
     )
-    print(*new) if ids else print(processor.decode(start + new))
+    if ids:
+        print(*new)
+    else:
+        print(load_tokenizer(model).decode(start + new))
     return DONE
 
 
@@ -192,7 +193,8 @@ def open_run(run: Path, step: int | None):
     checkpoints = Checkpoints(run)
     if step is None:
         newest = checkpoints.newest()
-        require(newest is not None, f"{run} has no checkpoint yet: let it train on.")
+        if newest is None:
+            raise UserError(f"{run} has no checkpoint yet: let it train on.")
         step = newest[0]
     require(
         step in checkpoints.steps(),

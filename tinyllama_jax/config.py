@@ -74,10 +74,11 @@ TINYLLAMA_120M = LlamaConfig(layers=12, width=768, query_heads=12, kv_heads=1, s
 DEMO = LlamaConfig(
     vocab_size=4096,
     layers=4,
-    width=256,
+    width=192,
     query_heads=4,
     kv_heads=2,
-    swiglu_width=704,
+    head_width=48,
+    swiglu_width=512,
     context=256,
 )
 
@@ -259,7 +260,8 @@ def load_config(path: str) -> Config:
     """
     require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
     get_config = runpy.run_path(path).get("get_config")
-    require(get_config is not None, f"{path} defines no get_config() -> Config.")
+    if get_config is None:
+        raise UserError(f"{path} defines no get_config() -> Config.")
     return get_config()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from grain.python import DatasetSelectionMap
 
 from tinyllama_jax.config import DataConfig, UserError, require
 from tinyllama_jax.data.packing import RECORD
@@ -41,7 +42,7 @@ class Rows:
             RECORD % context == 0,
             f"model.context is {context}: it must divide the {RECORD} tokens of a record.",
         )
-        self.records = tfds.builder_from_directory(folder).as_data_source(split=split)
+        self.records = tfds.builder_from_directory(folder).as_data_source(split)
         self.rows_per_record = RECORD // context
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class Mixture:
         return counts
 
 
-class _ProcessOrder:
+class _ProcessOrder(DatasetSelectionMap):
     """Grain's selection map: the rows that one process reads, out of the global order."""
 
     def __init__(self, mixture: Mixture, start: int, batch: tuple[int, int], process, processes):

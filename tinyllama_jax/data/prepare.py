@@ -1,17 +1,19 @@
 """Documents to a dataset: a TFDS directory of ArrayRecord shards and a manifest."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from rich.progress import Progress
 
 from tinyllama_jax.config import UserError, require
@@ -43,7 +45,7 @@ def prepare_standard_library(tokenizer: str | Path, out: str | Path) -> dict[str
 
 
 def write_dataset(
-    name: str, splits: dict[str, Sequence[Document]], tokenizer: str | Path, out: str | Path
+    name: str, splits: Mapping[str, Sequence[Document]], tokenizer: str | Path, out: str | Path
 ) -> dict[str, Any]:
     """Tokenises, packs and writes one dataset aside, then renames it to `out`.
 
@@ -172,19 +174,15 @@ class _Counted:
 def _write_shards(folder: Path, stem: str, examples: Iterator[bytes]) -> list[dict[str, Any]]:
     """Writes shards of `SHARD_RECORDS` under TFDS's names and describes each for the manifest."""
     folder.mkdir(exist_ok=True)
-    counts, writer = [], None
-    for index, example in enumerate(examples):
-        if index % SHARD_RECORDS == 0:
-            if writer is not None:
-                writer.close()
-            counts.append(0)
-            # One record a group: rows are read in random order.
-            writer = ArrayRecordWriter(str(folder / f"{stem}-{len(counts)}"), "group_size:1")
-        writer.write(example)
-        counts[-1] += 1
-    if writer is not None:
+    counts, shards = [], []
+    while first := list(itertools.islice(examples, 1)):
+        counts.append(0)
+        # One record a group: rows are read in random order.
+        writer = ArrayRecordWriter(str(folder / f"{stem}-{len(counts)}"), "group_size:1")
+        for example in itertools.chain(first, itertools.islice(examples, SHARD_RECORDS - 1)):
+            writer.write(example)
+            counts[-1] += 1
         writer.close()
-    shards = []
     for index, records in enumerate(counts):
         # TFDS names a shard by the number of shards, known only now.
         file = folder / f"{stem}.array_record-{index:05d}-of-{len(counts):05d}"
@@ -209,7 +207,10 @@ def _write_tfds_metadata(folder: Path, name: str, features, splits: dict[str, An
             shard_lengths=[shard["records"] for shard in facts["shards"]],
             num_bytes=sum(shard["bytes"] for shard in facts["shards"]),
             filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+                data_dir=epath.Path(folder),
+                dataset_name=name,
+                split=split,
+                filetype_suffix="array_record",
             ),
         )
         for split, facts in splits.items()

@@ -15,7 +15,7 @@ from tinyllama_jax.model import llama
 from tinyllama_jax.model.loss import cross_entropy
 from tinyllama_jax.runtime.mesh import batch_sharding, put_batch
 
-Score = Callable[[llama.Weights, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
+Score = Callable[[llama.Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)

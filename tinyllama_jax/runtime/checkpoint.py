@@ -144,7 +144,9 @@ class Checkpoints:
 
     def run_values(self, step: int) -> dict[str, Any]:
         """The `run` values of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+            "run"
+        ]
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint, onto whatever shardings the abstract state has.
@@ -160,14 +162,14 @@ class Checkpoints:
             self._compare(step, item, tree)
         args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**args))
-        leaves = list(found.optimizer[name] for name in wanted["optimizer"])
-        return {"weights": found.weights} | jax.tree.unflatten(jax.tree.structure(rest), leaves)
+        leaves = [found["optimizer"][name] for name in wanted["optimizer"]]
+        return {"weights": found["weights"]} | jax.tree.unflatten(jax.tree.structure(rest), leaves)
 
     def restore_weights(self, step: int, abstract_weights: dict[str, Any]) -> dict[str, Any]:
         """The weights alone. Raises UserError if the checkpoint holds others."""
         self._compare(step, "weights", abstract_weights)
         args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract_weights))
-        return self._manager.restore(step, args=args).weights
+        return self._manager.restore(step, args=args)["weights"]
 
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
         metadata = self._manager.item_metadata(step)[item]

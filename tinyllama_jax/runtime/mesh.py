@@ -40,12 +40,12 @@ MESH_AXES = {
 BATCH_AXES = ("data", "fsdp")  # rows are split over all devices
 
 
-def make_mesh(data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `data` (state replicated) and `fsdp` (state split).
 
     Args:
       data: size of the first axis; the second takes what it leaves.
-      devices: all devices at hand by default.
+      devices: jax devices; all at hand by default.
 
     Raises:
       UserError: `data` does not divide the devices.

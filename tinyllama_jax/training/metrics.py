@@ -55,7 +55,7 @@ class Terminal:
 
     def __init__(self, steps: int, first_step: int):
         self.console = Console(highlight=False, soft_wrap=True)
-        self._steps, self._bar = steps, None
+        self._steps, self._bar, self._line = steps, None, ""
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -71,8 +71,8 @@ class Terminal:
     def step(self, step: int, line: str | None, eta: float | None = None) -> None:
         """Moves the bar; a line of numbers, when there is one, replaces the last."""
         if self._bar is not None:
-            fields = {} if line is None else {"line": line}
-            self._bar.update(self._task, completed=step, **fields)
+            self._line = self._line if line is None else line
+            self._bar.update(self._task, completed=step, line=self._line)
         elif line is not None:
             tail = "" if eta is None else f"  eta {int(eta) // 60}:{int(eta) % 60:02}"
             self.console.print(f"step {step}/{self._steps}  {line}{tail}", markup=False)

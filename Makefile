@@ -1,0 +1,49 @@
+# Two commands: `make train` trains, exports and samples the demo; `make test` runs the suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --editable
+# Where there is an NVIDIA device, JAX comes with its CUDA plugin.
+GPU = $(if $(wildcard /dev/nvidia0),gpu)
+comma = ,
+
+.PHONY: train test lint clean
+
+train: runs/demo/export/model.safetensors
+	$(BIN)/tinyllama generate runs/demo --prompt "The" --temperature 0.8
+
+# Training goes on where it was stopped, and does nothing when it is complete.
+runs/demo/export/model.safetensors: data/demo/code/manifest.json
+	$(BIN)/tinyllama train configs/demo.py
+	$(BIN)/tinyllama convert runs/demo --to hf runs/demo/export
+
+data/demo/tokenizer.model: | $(VENV)/installed
+	$(BIN)/tinyllama tokenizer stdlib --vocab-size 4096 --out $@
+
+# Both sources are prepared in one go, prose first.
+data/demo/code/manifest.json: data/demo/tokenizer.model
+	$(BIN)/tinyllama prepare stdlib --tokenizer $< --out data/demo
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		"Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): about a minute, once."
+	$(PIP) '.[$(GPU)]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "Installing what the tests need, PyTorch among it: once."
+	$(PIP) '.[test,torch$(if $(GPU),$(comma)$(GPU))]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo
