@@ -4,8 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --editable
 # Where there is an NVIDIA device, JAX comes with its CUDA plugin.
-GPU = $(if $(wildcard /dev/nvidia0),gpu)
-comma = ,
+GPU = $(if $(wildcard /dev/nvidia0),[gpu])
 
 .PHONY: train test lint clean
 
@@ -37,12 +36,12 @@ $(VENV)/installed: requirements.txt pyproject.toml
 		"Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): about a minute, once."
-	$(PIP) '.[$(GPU)]'
+	$(PIP) '.$(GPU)'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "Installing what the tests need, PyTorch among it: once."
-	$(PIP) '.[test,torch$(if $(GPU),$(comma)$(GPU))]'
+	$(PIP) '.[test,torch]'
 	@touch $@
 
 clean:

@@ -42,7 +42,8 @@ class Rows:
             RECORD % context == 0,
             f"model.context is {context}: it must divide the {RECORD} tokens of a record.",
         )
-        self.records = tfds.builder_from_directory(folder).as_data_source(split)
+        builder: Any = tfds.builder_from_directory(folder)  # whose decorators hide its signature
+        self.records = builder.as_data_source(split)
         self.rows_per_record = RECORD // context
 
     def __len__(self) -> int:
