@@ -101,6 +101,15 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(state, tmp_path, damage, 
     assert "passed over" in capsys.readouterr().out
 
 
+def test_checkpoints_that_are_all_damaged_are_kept_and_named(state, tmp_path):
+    save(tmp_path, state, 1)
+    (tmp_path / "checkpoints" / "1" / "sha256.json").write_text("{")
+    for policy in (None, CheckpointConfig()):
+        with pytest.raises(UserError, match="Every checkpoint"):
+            Checkpoints(tmp_path, policy).newest()
+    assert Checkpoints(tmp_path).steps() == [1]
+
+
 def test_a_checkpoint_that_was_not_hashed_yet_still_counts(state, tmp_path):
     save(tmp_path, state, 1, 2)
     (tmp_path / "checkpoints" / "2" / "sha256.json").unlink()

@@ -154,6 +154,17 @@ def test_a_run_moves_from_one_device_to_eight_and_back(config, monkeypatch, dtyp
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=tolerance)
 
 
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(config, monkeypatch):
+    unbroken, broken = elsewhere(config, "unbroken"), elsewhere(config, "broken")
+    assert loop.run(unbroken) and loop.run(broken)
+    folder = Path(broken.run_folder)
+    (folder / "checkpoints" / "12" / "sha256.json").write_text("{")
+    assert loop.run(broken)
+    assert_same_run(unbroken, broken)
+    assert Checkpoints(folder).newest()[0] == 12
+    assert (folder / "damaged" / "12").is_dir()
+
+
 def test_a_finished_run_is_left_alone(config, mesh, capsys):
     assert loop.run(config, mesh)
     before = losses(config)

@@ -16,11 +16,11 @@ def test_a_repeated_step_counts_once_and_a_torn_line_not_at_all(tmp_path):
         file.write('{"step": 4, "train/lo')  # killed within the line
     metrics = Metrics(tmp_path, 1)
     metrics.write(2, {"train/loss": 20.0})
-    metrics.write(2, {"val/prose/loss": 5.0})
+    metrics.write(2, {"val/prose/loss": float("nan")})
     metrics.close()
     assert read_metrics(tmp_path) == {
         1: {"train/loss": 1.0},
-        2: {"train/loss": 20.0, "val/prose/loss": 5.0},
+        2: {"train/loss": 20.0, "val/prose/loss": None},
         3: {"train/loss": 3.0},
     }
 

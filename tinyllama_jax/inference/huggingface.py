@@ -20,6 +20,7 @@ from tinyllama_jax.config import LlamaConfig, UserError, require
 from tinyllama_jax.inference.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
+from tinyllama_jax.runtime.mesh import named_leaves
 
 # Our path -> (Hugging Face's name, how many leading axes the matrix contracts). A matrix is
 # (in, out) here and (out, in) there; zero axes: no matrix product, stored alike.
@@ -95,14 +96,9 @@ class Tensor:
         return array.T.reshape(self.shape) if self.contracted else array
 
 
-def flatten(tree: Weights) -> dict[str, Any]:
-    """Leaves by dotted path."""
-    return {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
-
-
 def leaves(config: LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every weight of the model by its dotted path."""
-    return flatten(llama.abstract_weights(config))
+    return named_leaves(llama.abstract_weights(config))
 
 
 def tensors(config: LlamaConfig) -> dict[str, Tensor]:
@@ -148,7 +144,7 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
         f"{tokenizer} has {pieces} pieces and the model {config.vocab_size}: "
         "give the tokenizer that the model was trained with.",
     )
-    flat = flatten(weights)
+    flat = named_leaves(weights)
     wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
     for path in sorted(flat.keys() | wanted.keys()):
         found = np.shape(flat[path]) if path in flat else None

@@ -68,6 +68,7 @@ class Checkpoints:
         """Opens a run's checkpoints; without a policy, for reading alone."""
         self.folder = Path(run_folder).resolve() / "checkpoints"
         self._unsealed: int | None = None
+        self._read_only = policy is None
         if policy is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
@@ -121,9 +122,13 @@ class Checkpoints:
         """Hashes the last checkpoint once it is written; call it between steps."""
         self._seal(wait=False)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Waits for the last save and hashes it."""
         self._seal(wait=True)
+
+    def close(self) -> None:
+        """Finishes the last save and lets go of the folder."""
+        self.finish()
         self._manager.close()
 
     def steps(self) -> list[int]:
@@ -131,22 +136,35 @@ class Checkpoints:
         return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint: (step, its `run` values); None if there is none.
+        """The newest whole checkpoint: (step, its `run` values); None if there is none at all.
 
-        One that is damaged is passed over, with a line that says so.
+        One that is damaged is passed over, with a line that says so. A run that goes on from an
+        older one will save that step again, so its writer moves the damaged one to `damaged/`.
+
+        Raises:
+          UserError: there are checkpoints, and every one is damaged.
         """
+        passed = []
         for step in reversed(self.steps()):
             damage = self._damage(step)
-            if damage is None:
-                return step, self.run_values(step)
-            print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
+            if damage is not None:
+                print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
+                passed.append(step)
+                continue
+            if passed and not self._read_only:
+                aside = self.folder.with_name("damaged")
+                aside.mkdir(exist_ok=True)
+                for other in passed:
+                    shutil.rmtree(aside / str(other), ignore_errors=True)
+                    (self.folder / str(other)).rename(aside / str(other))
+                self._manager.reload()
+            args = ocp.args.Composite(run=ocp.args.JsonRestore())
+            return step, self._manager.restore(step, args=args)["run"]
+        require(
+            not passed,
+            f"Every checkpoint of {self.folder} is damaged: remove the folder to start again.",
+        )
         return None
-
-    def run_values(self, step: int) -> dict[str, Any]:
-        """The `run` values of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-            "run"
-        ]
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint, onto whatever shardings the abstract state has.

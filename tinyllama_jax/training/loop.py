@@ -182,6 +182,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                         save(step)
             checkpoints.poll()
             if stop and not last:
+                checkpoints.finish()
                 terminal.say(
                     f"Stopped by {stop[0]} after step {step}, saved. "
                     "The same command again goes on from here."
@@ -198,10 +199,6 @@ def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: di
     """The state of the newest checkpoint, or a fresh one; refuses a run of another config."""
     newest = checkpoints.newest()
     if newest is None:
-        require(
-            not checkpoints.steps(),
-            f"Every checkpoint of {checkpoints.folder} is damaged: remove them to start again.",
-        )
         return init_state(config, mesh)
     step, values = newest
     changed = differences(values["config"], to_json(config))
@@ -221,16 +218,17 @@ def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: di
 def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
     """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
     packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     environment = {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in packages},
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
     }
     write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -244,8 +242,8 @@ class _Clock:
 
     def __init__(self, first_step: int):
         self._start, self._paused = time.monotonic(), 0.0
-        self._first_step = self._last_step = first_step
-        self._last_time = 0.0
+        self._last_step, self._last_time = first_step, 0.0
+        self._compiled: tuple[int, float] | None = None
 
     def _now(self) -> float:
         return time.monotonic() - self._start - self._paused
@@ -262,6 +260,7 @@ class _Clock:
         tokens = (step - self._last_step) * config.batch_rows * config.model.context
         per_sec = tokens / (now - self._last_time)
         self._last_step, self._last_time = step, now
+        self._compiled = self._compiled or (step, now)
         values = {
             "perf/tokens_per_sec": per_sec,
             "perf/tokens_per_sec_per_device": per_sec / mesh.size,
@@ -273,9 +272,12 @@ class _Clock:
                 values[f"perf/mfu_{name}"] = share
         return values
 
-    def eta(self, step: int, steps: int) -> float:
-        """Seconds left at the mean speed so far."""
-        return self._now() / (step - self._first_step) * (steps - step)
+    def eta(self, step: int, steps: int) -> float | None:
+        """Seconds left at the mean speed since the first report, which was mostly compilation."""
+        first_step, first_time = self._compiled or (step, 0.0)
+        if step == first_step:
+            return None
+        return (self._now() - first_time) / (step - first_step) * (steps - step)
 
 
 def _line(values: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes the same names and values to metrics.jsonl and TensorBoard, a line a call."""
+    """Writes the same names and values to metrics.jsonl and TensorBoard, a line a call.
+
+    A value that is not finite is null in metrics.jsonl.
+    """
 
     def __init__(self, run_folder: Path, first_step: int):
         path = run_folder / FILE
@@ -25,7 +29,9 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Values after `step` optimizer steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN, which the loss of a skipped step is.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
