@@ -29,11 +29,11 @@ def get_config() -> Config:
             ),
             tokenizer="data/demo/tokenizer.model",
         ),
-        steps=450,
+        steps=400,
         batch_rows=8,
         micro_batches=2,  # half the rows at a time stay in a laptop's caches
         optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=40),
         checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
         validation=ValidationConfig(every=150, rows=32),
-        sample=SampleConfig(every=150, prompts=("The", "def "), max_tokens=48),
+        sample=SampleConfig(every=150, prompts=("The", "def"), max_tokens=48),
     )

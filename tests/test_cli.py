@@ -12,7 +12,7 @@ import pytest
 from test_loop import config_file
 
 from tinyllama_jax.cli import main
-from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
 from tinyllama_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +117,33 @@ def test_a_copied_run_folder_still_generates(run, tmp_path, capsys):
     moved = tmp_path / "moved"
     run.rename(moved)
     assert main(["generate", str(moved), "--prompt", "The", "--max-tokens", "3"]) == 0
+
+
+@pytest.mark.torch
+def test_an_exported_run_gives_the_same_ids_in_transformers_as_here(run, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "export"
+    assert main(["convert", str(run), "--to", "hf", str(out), "--check"]) == 0
+    assert "within" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = AutoTokenizer.from_pretrained(out)("A mesh of", return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    for folder in (run, out):
+        argv = ["generate", folder, "--prompt", "A mesh of", "--max-tokens", 20, "--ids"]
+        assert exit_code(argv) == 0
+        ours = [int(token) for token in capsys.readouterr().out.split()]
+        assert ours == [token for token in theirs if token != EOS]
+
+
+@pytest.mark.torch
+def test_a_difference_above_the_tolerance_is_exit_code_1(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tinyllama_jax.cli.CHECK_TOLERANCE", 1e-12)
+    argv = ["convert", str(run), "--to", "hf", str(tmp_path / "export"), "--check"]
+    assert exit_code(argv) == 1
+    assert "ABOVE" in capsys.readouterr().out
 
 
 def test_a_missing_step_is_named(run, tmp_path, capsys):

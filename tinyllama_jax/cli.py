@@ -1,6 +1,7 @@
 """The one command `tinyllama`, its verbs and its exit codes."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -237,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
         print("\ntinyllama VERB --help tells a verb's options.")
         return DONE if argv else USER_ERROR
+    # Orbax and TFDS warn of what is meant: a folder opened for reading, a dataset without homepage.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
         if argv[0] == "train":

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import logging
 import os
 import platform
 import shutil
@@ -215,7 +214,6 @@ def _write_tfds_metadata(folder: Path, name: str, features, splits: dict[str, An
         )
         for split, facts in splits.items()
     ]
-    logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features, split_infos=infos, check_data=False
     )

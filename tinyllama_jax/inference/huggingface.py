@@ -208,6 +208,8 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
         }
         safetensors.numpy.save_file(stored, partial / "model.safetensors", {"format": "pt"})
         shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        # Safetensors leaves its file to its owner alone; the export is as open as any other file.
+        shutil.copymode(partial / "tokenizer.model", partial / "model.safetensors")
         for name, values in jsons.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
