@@ -86,6 +86,7 @@ def test_differences_name_what_decides_the_numbers_and_nothing_else(config):
         config,
         log_every=5,
         run_folder="elsewhere",
+        steps=13,
         seed=1,
         model=dataclasses.replace(config.model, layers=3),
     )

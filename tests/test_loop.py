@@ -165,6 +165,15 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(config, mon
     assert (folder / "damaged" / "12").is_dir()
 
 
+def test_a_run_stopped_at_its_very_last_step_still_validates(config, mesh, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, config.steps)
+        assert not loop.run(config, mesh)
+    assert "val/prose/loss" not in read_metrics(config.run_folder)[config.steps]
+    assert loop.run(config, mesh)
+    assert "val/code/bpb" in read_metrics(config.run_folder)[config.steps]
+
+
 def test_a_finished_run_is_left_alone(config, mesh, capsys):
     assert loop.run(config, mesh)
     before = losses(config)
@@ -193,7 +202,6 @@ def restored(config, step):
     ("fields", "words"),
     [
         ({"seed": 1}, "seed: 0 -> 1"),
-        ({"steps": 20}, "steps: 12 -> 20"),
         ({"optimizer": OptimizerConfig(warmup_steps=1)}, "optimizer.peak_lr"),
     ],
 )
@@ -203,6 +211,19 @@ def test_a_run_of_another_config_is_refused(config, mesh, fields, words):
     with pytest.raises(UserError, match=words):
         loop.run(dataclasses.replace(config, **fields), mesh)
     assert (Path(config.run_folder) / "config.json").read_text() == before
+
+
+def test_more_steps_lengthen_a_run_and_fewer_leave_it_alone(config, mesh, capsys):
+    loop.run(config, mesh)
+    assert loop.run(dataclasses.replace(config, steps=15), mesh)
+    assert "steps: 12 -> 15" in capsys.readouterr().out
+    metrics = read_metrics(config.run_folder)
+    assert sorted(metrics) == list(range(1, 16))
+    assert metrics[15]["train/lr"] < metrics[13]["train/lr"] < metrics[4]["train/lr"]
+    assert loop.run(dataclasses.replace(config, steps=9), mesh)
+    assert "at step 15, past the 9 steps" in capsys.readouterr().out
+    assert json.loads((Path(config.run_folder) / "config.json").read_text())["steps"] == 15
+    assert Checkpoints(config.run_folder).steps()[-1] == 15
 
 
 def test_a_run_of_other_data_is_refused(config, mesh, tmp_path):

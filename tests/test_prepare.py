@@ -1,5 +1,6 @@
 """Datasets on disk."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import golden_documents
 
+from tinyllama_jax.cli import main
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare
+from tinyllama_jax.data.documents import SOURCES, SPLITS, passages
 from tinyllama_jax.data.packing import pack
 from tinyllama_jax.data.prepare import read_manifest, write_dataset
-from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
+from tinyllama_jax.data.tokenizer import EOS, file_sha256, load_tokenizer
 
 
 @pytest.fixture
@@ -75,6 +78,30 @@ def test_a_failure_leaves_nothing_behind(data, splits, tmp_path):
         write_dataset("prose", splits | {"validation": Documents(splits["validation"])},
                       data.tokenizer, tmp_path / "d")  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_held_out_passage_stands_in_the_demos_training_rows(tmp_path, capsys):
+    """The whole way of `make train`: its tokenizer, its datasets, and the text behind the rows."""
+    model = tmp_path / "tokenizer.model"
+    assert main(["tokenizer", "stdlib", "--vocab-size", "4096", "--out", str(model)]) == 0
+    assert main(["prepare", "stdlib", "--tokenizer", str(model), "--out", str(tmp_path)]) == 0
+    tokenizer, found = load_tokenizer(model), {}
+    for source, split in itertools.product(SOURCES, SPLITS):
+        records = tfds.builder_from_directory(tmp_path / source).as_data_source(split=split)
+        tokens = np.concatenate([record["tokens"] for record in records]).astype(int)
+        documents = np.split(tokens, np.flatnonzero(tokens == EOS) + 1)
+        texts = tokenizer.decode([document.tolist() for document in documents])
+        found[source, split] = np.concatenate([passages(text) for text in texts])
+    trained = np.sort(np.concatenate([found[source, "train"] for source in SOURCES]))
+    for source in SOURCES:
+        held_out = found[source, "validation"]
+        assert len(held_out) > 50_000
+        nearest = trained.take(np.searchsorted(trained, held_out), mode="clip")
+        assert not (nearest == held_out).any()
+    known = found["prose", "train"][:1000]
+    assert (trained[np.searchsorted(trained, known)] == known).all(), (
+        "the search finds what is there"
+    )
 
 
 def test_too_little_text_is_refused(data, splits, tmp_path):

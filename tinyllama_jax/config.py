@@ -229,8 +229,9 @@ class Config:
         )
 
 
-# What a run may change when it goes on; everything else decides the numbers.
-CHANGEABLE = ("run_folder", "log_every", "checkpoint", "validation", "sample")
+# What a run may change when it goes on. All else decides the numbers it has already made; `steps`
+# decides only those to come, by a longer or shorter cosine.
+CHANGEABLE = ("run_folder", "steps", "log_every", "checkpoint", "validation", "sample")
 
 
 def to_json(config: Any) -> dict[str, Any]:

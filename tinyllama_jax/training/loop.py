@@ -89,6 +89,9 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         stack.callback(checkpoints.close)
         state = _start(config, mesh, checkpoints, fingerprint)
         first_step = int(state["step"])
+        if first_step > config.steps:
+            print(f"{folder} is at step {first_step}, past the {config.steps} steps asked for.")
+            return True
         _describe_run(folder, config, mesh)
 
         metrics = Metrics(folder, first_step)
@@ -162,36 +165,36 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             pending = (step, step_metrics)
 
             last = step == config.steps
-            due = {
-                job: last or step % every == 0
-                for job, every in [
-                    ("validate", config.validation.every),
-                    ("sample", config.sample.every),
-                    ("save", config.checkpoint.every),
-                ]
-            }
-            if any(due.values()) or stop:
+            saves = last or step % config.checkpoint.every == 0
+            validates = step % config.validation.every == 0 and not last
+            samples = step % config.sample.every == 0 and not last
+            if saves or validates or samples or stop:
                 report(*pending)
                 pending = None
                 with clock.paused():
-                    if due["validate"] and not stop:
-                        validate(step, None if last else config.validation.rows)
-                    if due["sample"] and not stop:
-                        _sample(config, state, tokenizer, dtype, folder, step, terminal)
-                    if due["save"] or stop:
+                    if saves or stop:
                         save(step)
+                    if validates and not stop:
+                        validate(step, config.validation.rows)
+                    if samples and not stop:
+                        _sample(config, state, tokenizer, dtype, folder, step, terminal)
             checkpoints.poll()
-            if stop and not last:
+            if stop:
+                save(step)  # unless it is saved: the signal may have come while validating
                 checkpoints.finish()
                 terminal.say(
                     f"Stopped by {stop[0]} after step {step}, saved. "
                     "The same command again goes on from here."
                 )
                 return False
-        if first_step == config.steps:
-            terminal.say(f"{folder} is complete at step {first_step}; nothing is left to train.")
-        else:
-            _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal)
+
+        # The last validation reads all held-out rows; a run that was killed before it does it now.
+        if f"val/{names[-1]}/loss" in read_metrics(folder).get(config.steps, {}):
+            terminal.say(f"{folder} is complete at step {config.steps}; nothing is left to train.")
+            return True
+        validate(config.steps, None)
+        _sample(config, state, tokenizer, dtype, folder, config.steps, terminal)
+        _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal)
         return True
 
 
@@ -212,6 +215,8 @@ def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: di
         f"{config.run_folder} was trained on other data than {config.data.tokenizer} and its "
         "sources hold now: restore those files, or give another --run-folder.",
     )
+    if (before := values["config"]["steps"]) != config.steps > step:
+        print(f"steps: {before} -> {config.steps}: the new learning rates hold from step {step}.")
     return checkpoints.restore(step, abstract_state(config, mesh))
 
 
