@@ -73,6 +73,14 @@ def data(tmp_path_factory) -> DataConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def llama2() -> Path:
+    """Llama 2's tokenizer, which is not ours to ship."""
+    if "TINYLLAMA_TOKENIZER" not in os.environ:
+        pytest.skip("TINYLLAMA_TOKENIZER is not set")
+    return Path(os.environ["TINYLLAMA_TOKENIZER"])
+
+
 @pytest.fixture
 def config(data, tmp_path) -> Config:
     """A run of 12 steps that saves, validates and samples on the way."""

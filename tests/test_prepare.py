@@ -13,6 +13,7 @@ from tinyllama_jax.cli import main
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare
 from tinyllama_jax.data.documents import SOURCES, SPLITS, passages
+from tinyllama_jax.data.mixture import Rows
 from tinyllama_jax.data.packing import pack
 from tinyllama_jax.data.prepare import read_manifest, write_dataset
 from tinyllama_jax.data.tokenizer import EOS, file_sha256, load_tokenizer
@@ -78,6 +79,16 @@ def test_a_failure_leaves_nothing_behind(data, splits, tmp_path):
         write_dataset("prose", splits | {"validation": Documents(splits["validation"])},
                       data.tokenizer, tmp_path / "d")  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_llama_2s_tokenizer_is_taken_by_its_path(llama2, splits, tmp_path):
+    # Its 32,000 pieces make longer tokens, so the text is doubled to fill a record.
+    doubled = {split: list(documents) * 2 for split, documents in splits.items()}
+    manifest = write_dataset("prose", doubled, llama2, tmp_path / "d")
+    assert manifest["tokenizer"]["pieces"] == 32_000 and manifest["dtype"] == "uint16"
+    rows = Rows(tmp_path / "d", "train", 2048, 32_000)
+    text = load_tokenizer(llama2).decode(rows[0].tolist())
+    assert doubled["train"][0].text[:200] in text
 
 
 def test_no_held_out_passage_stands_in_the_demos_training_rows(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import io
-import os
 import struct
 from pathlib import Path
 
@@ -200,9 +199,7 @@ def both_tokenizers(request, small_tokenizer, tmp_path_factory):
 
     file = small_tokenizer
     if request.param == "llama2":
-        if "TINYLLAMA_TOKENIZER" not in os.environ:
-            pytest.skip("TINYLLAMA_TOKENIZER is not set")
-        file = Path(os.environ["TINYLLAMA_TOKENIZER"])
+        file = request.getfixturevalue("llama2")
     return open_both(file, tmp_path_factory.mktemp(request.param) / "model", AutoTokenizer)
 
 
