@@ -15,7 +15,8 @@ from tinyllama_jax.cli import main
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
 from tinyllama_jax.training import loop
 
-ROOT = Path(__file__).parent.parent
+HERE = __file__
+ROOT = Path(HERE).parent.parent
 
 
 def exit_code(argv):
@@ -56,6 +57,7 @@ def test_help_names_every_verb(capsys):
         (["--data.sources.0.weight", "0"], "weight"),
         (["--model.vocab-size", "500"], "make them equal"),
         (["--model.context", "100"], "must divide"),
+        (["--run-folder", HERE], "cannot be made"),
     ],
 )
 def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
@@ -80,6 +82,10 @@ def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
         (["convert", "nowhere", "out", "--to", "hf"], "no run"),
         (["convert", "nowhere", "out", "--to", "gguf"], "hf"),
         (["prepare", "stdlib", "--tokenizer", "none", "--out", "out"], "no tokenizer"),
+        (
+            ["tokenizer", __file__, "--vocab-size", "300", "--out", f"{__file__}/m"],
+            "cannot be made",
+        ),
         (["tokenizer", "nowhere.txt", "--vocab-size", "400"], "cannot be read"),
         (["tokenizer", "--vocab-size", "400"], "give more text"),
     ],

@@ -1,6 +1,7 @@
 """Every option of a run."""
 
 import dataclasses
+import json
 import math
 import runpy
 from pathlib import Path
@@ -16,7 +17,7 @@ from tinyllama_jax.config import (
     UserError,
     differences,
     load_config,
-    model_from_json,
+    model_of_run,
     to_json,
 )
 
@@ -96,8 +97,22 @@ def test_differences_name_what_decides_the_numbers_and_nothing_else(config):
     ]
 
 
-def test_a_model_survives_json(config):
-    assert model_from_json(to_json(config)["model"]) == config.model
+def test_the_model_of_a_run_survives_json(config, tmp_path):
+    with pytest.raises(UserError, match="no run"):
+        model_of_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    assert model_of_run(tmp_path) == config.model
+    for damaged in ("{", "{}", '{"model": {"depth": 3}}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            model_of_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["x = 1", "def get_config():\n    return 3"])
+def test_a_config_file_that_gives_no_config_is_refused(text, tmp_path):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match="get_config"):
+        load_config(str(tmp_path / "c.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,6 +1,5 @@
 """The one command `tinyllama`, its verbs and its exit codes."""
 
-import json
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from tinyllama_jax.config import Config, UserError, load_config, model_from_json, require
+from tinyllama_jax.config import Config, UserError, load_config, model_of_run, require
 
 # 0 done, 1 a check failed, 2 user error, 75 saved after a signal. The README has the whole table.
 DONE, CHECK_FAILED, USER_ERROR, SAVED_AFTER_SIGNAL = 0, 1, 2, 75
@@ -186,11 +185,8 @@ def open_run(run: Path, step: int | None):
     from tinyllama_jax.runtime.checkpoint import Checkpoints
     from tinyllama_jax.runtime.mesh import make_mesh, shardings
 
-    require(
-        (run / "config.json").is_file() and (run / "checkpoints").is_dir(),
-        f"{run} is no run: give a folder that `tinyllama train` wrote.",
-    )
-    config = model_from_json(json.loads((run / "config.json").read_text())["model"])
+    config = model_of_run(run)
+    require((run / "checkpoints").is_dir(), f"{run} has no checkpoint yet: let it train on.")
     checkpoints = Checkpoints(run)
     if step is None:
         newest = checkpoints.newest()

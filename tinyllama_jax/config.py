@@ -21,6 +21,16 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents. Raises `UserError` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {path} cannot be made ({error.strerror}): give another path."
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama 2 decoder."""
@@ -263,9 +273,24 @@ def load_config(path: str) -> Config:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise UserError(f"{path} defines no get_config() -> Config.")
-    return get_config()
+    config = get_config()
+    require(isinstance(config, Config), f"get_config() of {path} gives no Config, but {config!r}.")
+    return config
 
 
-def model_from_json(values: dict[str, Any]) -> LlamaConfig:
-    """The inverse of `to_json` for the model of a run."""
-    return LlamaConfig(**values)
+def model_of_run(run: Path) -> LlamaConfig:
+    """The model of the run in a folder.
+
+    Raises:
+      UserError: no run there, or its config.json is damaged.
+    """
+    require(
+        (run / "config.json").is_file(),
+        f"{run} is no run: give a folder that `tinyllama train` wrote.",
+    )
+    try:
+        return LlamaConfig(**json.loads((run / "config.json").read_text())["model"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{run / 'config.json'} is damaged: the command that trained the run writes it anew."
+        ) from None

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from rich.progress import Progress
 
-from tinyllama_jax.config import UserError, require
+from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.data.documents import Document, corpus_hash, standard_library
 from tinyllama_jax.data.packing import RECORD, pack, token_dtype
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
@@ -92,7 +92,7 @@ def write_dataset(
             )
         }
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     with _removed_on_failure(aside), Progress(transient=True) as progress:
         for split, documents in splits.items():

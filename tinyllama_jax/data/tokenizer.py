@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from tinyllama_jax.config import UserError, require
+from tinyllama_jax.config import UserError, make_folder, require
 
 UNK, BOS, EOS = 0, 1, 2  # Llama 2's ids, in every tokenizer of the project
 SPACE = "\u2581"
@@ -73,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
             f"give more text or a smaller --vocab-size ({error})."
         ) from None
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.write_bytes(model.getvalue())
     aside.rename(out)

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from tinyllama_jax.config import LlamaConfig, UserError, require
+from tinyllama_jax.config import LlamaConfig, UserError, make_folder, require
 from tinyllama_jax.inference.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
@@ -200,7 +200,7 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
     }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         stored = {
             name: tensor.to_hf(flat[tensor.path][tensor.index])

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tinyllama_jax.config import CheckpointConfig, UserError, require
+from tinyllama_jax.config import CheckpointConfig, UserError, make_folder, require
 from tinyllama_jax.runtime.mesh import named_leaves
 
 ITEMS = {
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process trains in this folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
