@@ -82,10 +82,7 @@ def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
         (["convert", "nowhere", "out", "--to", "hf"], "no run"),
         (["convert", "nowhere", "out", "--to", "gguf"], "hf"),
         (["prepare", "stdlib", "--tokenizer", "none", "--out", "out"], "no tokenizer"),
-        (
-            ["tokenizer", __file__, "--vocab-size", "300", "--out", f"{__file__}/m"],
-            "cannot be made",
-        ),
+        (["tokenizer", HERE, "--vocab-size", "400", "--out", f"{HERE}/m"], "cannot be made"),
         (["tokenizer", "nowhere.txt", "--vocab-size", "400"], "cannot be read"),
         (["tokenizer", "--vocab-size", "400"], "give more text"),
     ],
