@@ -1,0 +1,176 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train a tiny Llama and watch it learn
+#
+# Build a Llama of 0.6 million weights, train it on the documentation of Python's standard library,
+# and let it write. The text comes with Python, so nothing is downloaded, and two CPU cores take
+# less than a minute. Everything below calls the library, as `tinyllama train` does.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import rich
+from IPython.display import display
+
+from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
+from tinyllama_jax.data import mixture
+from tinyllama_jax.data.documents import standard_library
+from tinyllama_jax.data.prepare import write_dataset
+from tinyllama_jax.data.tokenizer import EOS, load_tokenizer, train_tokenizer
+from tinyllama_jax.inference.evaluate import evaluate, make_score, unigram_entropy
+from tinyllama_jax.inference.generate import generate
+from tinyllama_jax.runtime.mesh import make_mesh, put_batch
+from tinyllama_jax.training.step import compute_dtype, init_state, loss_weights, make_step
+
+# %matplotlib inline
+rich.reconfigure(quiet=True, force_jupyter=False)  # its bars ask for ipywidgets here
+
+# %% [markdown]
+# ## Text to tokens
+#
+# The corpus is the language reference and the docstrings of the running Python. Some documents are
+# held out, and no passage of theirs occurs in what the model trains on. A tokenizer learns 1,024
+# pieces of words from the training text, and both splits are written to disk as token ids.
+
+# %%
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
+prose = standard_library()["prose"]
+
+train_tokenizer([document.text for document in prose["train"]], 1024, folder / "tokenizer.model")
+tokenizer = load_tokenizer(folder / "tokenizer.model")
+manifest = write_dataset("prose", prose, folder / "tokenizer.model", folder / "prose")
+
+for split, facts in manifest["splits"].items():
+    print(f"{split:10}  {facts['documents']:3} documents  {facts['tokens']:7,} tokens")
+print(tokenizer.encode("Return the length of the list.", out_type=str))
+
+# %% [markdown]
+# ## The model
+#
+# A Llama 2 in miniature: two layers, rotary positions, SwiGLU, and two key-value heads that four
+# query heads share. It sees 64 tokens at a time and 1,024 in a step.
+
+# %%
+model = LlamaConfig(
+    vocab_size=tokenizer.get_piece_size(),
+    layers=2,
+    width=128,
+    query_heads=4,
+    kv_heads=2,
+    head_width=32,
+    swiglu_width=352,
+    context=64,
+)
+config = Config(
+    run_folder="",
+    model=model,
+    data=DataConfig(),
+    steps=160,
+    batch_rows=16,
+    optimizer=OptimizerConfig(peak_lr=5e-3, end_lr=5e-4, warmup_steps=20),
+)
+print(f"{model.parameters():,} weights")
+
+# %% [markdown]
+# ## Train
+#
+# Two lines say what to expect. The first guesses are random, a little worse than calling every
+# piece equally likely, whose loss is ln 1,024. A model that knew how often each piece occurs, but
+# nothing of its neighbours, could at best reach the unigram entropy: what lies below that line was
+# learnt from context.
+
+# %%
+train_rows, held_out_rows = (
+    mixture.Rows(folder / "prose", split, model.context, model.vocab_size)
+    for split in ("train", "validation")
+)
+targets = np.stack([held_out_rows[i] for i in range(len(held_out_rows))])[:, 1:]
+uniform, unigram = np.log(model.vocab_size), unigram_entropy(targets, model.vocab_size)
+
+figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110, layout="constrained")
+for level, style, text in [
+    (uniform, "--", "ln 1,024: every piece equally likely"),
+    (unigram, ":", "unigram entropy: pieces without context"),
+]:
+    axes.axhline(level, color="0.5", linestyle=style, linewidth=1.2)
+    axes.text(config.steps, level + 0.05, text, color="0.35", ha="right", va="bottom")
+train_curve = axes.plot([], [], color="#8fb8de", label="training batch")[0]
+held_out_curve = axes.plot([], [], color="#c8384f", marker="o", label="64 held-out rows")[0]
+axes.set(xlim=(0, config.steps + 2), ylim=(4, 7.5))
+axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+axes.spines[["top", "right"]].set_visible(False)
+axes.legend(frameon=False, loc="lower left")
+plt.close(figure)  # or the cell would show it a second time
+picture = display(figure, display_id=True)
+
+# %%
+mesh = make_mesh(devices=jax.devices()[:1])
+batches = mixture.batches(
+    [train_rows], [1.0], seed=0, start=0, micro_batches=1, rows=config.batch_rows
+)
+some_rows = [held_out_rows[i] for i in range(64)]
+losses, held_out = {}, {}
+
+with jax.set_mesh(mesh):
+    state, step = init_state(config, mesh), make_step(config, mesh)
+    score = make_score(model, mesh, compute_dtype(config))
+    held_out[0] = evaluate(score, state["weights"], some_rows, 32, mesh).loss
+    for number in range(1, config.steps + 1):
+        tokens = next(batches)
+        batch = put_batch(tokens, mesh, 1), put_batch(loss_weights(tokens), mesh, 1)
+        state, metrics = step(state, *batch)
+        losses[number] = float(metrics["train/loss"])
+        if number % 20 == 0:
+            held_out[number] = evaluate(score, state["weights"], some_rows, 32, mesh).loss
+            train_curve.set_data(list(losses), list(losses.values()))
+            held_out_curve.set_data(list(held_out), list(held_out.values()))
+            picture.update(figure)
+
+# %% [markdown]
+# ## The result
+#
+# The loss on all held-out text, beside the unigram entropy of the same tokens.
+
+# %%
+with jax.set_mesh(mesh):
+    final = evaluate(score, state["weights"], held_out_rows, 32, mesh)
+print(f"held-out loss    {final.loss:.3f} nats per token, over {final.tokens:,} tokens")
+print(f"unigram entropy  {unigram:.3f} nats per token")
+
+# %% [markdown]
+# ## A sample
+#
+# The model has read a fifth of its text once: it has some words and the layout of Python's
+# documentation, and no sense yet.
+
+# %%
+with jax.set_mesh(mesh):
+    for seed, prompt in enumerate(["Return the", "If the", "This module"]):
+        ids = tokenizer.encode(prompt)
+        new = generate(
+            model,
+            state["weights"],
+            ids,
+            max_tokens=model.context - len(ids),
+            eos=EOS,
+            temperature=0.5,
+            seed=seed,
+        )
+        print(tokenizer.decode(ids + new), end="\n\n----\n\n")
