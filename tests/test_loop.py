@@ -17,6 +17,7 @@ from conftest import GOLDEN
 from tensorboard_reader import scalars
 
 from tinyllama_jax.config import CheckpointConfig, OptimizerConfig, UserError, to_json
+from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves
 from tinyllama_jax.training import loop
@@ -237,6 +238,15 @@ def test_a_run_of_other_data_is_refused(config, mesh, tmp_path):
             loop.run(config, mesh)
     finally:
         manifest.write_text(text)
+
+
+def test_a_tokenizer_that_the_data_was_not_prepared_with_is_refused(config, mesh, tmp_path):
+    other = tmp_path / "other.model"
+    train_tokenizer([Path(__file__).read_text()], config.model.vocab_size, other)
+    data = dataclasses.replace(config.data, tokenizer=str(other))
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        loop.run(dataclasses.replace(config, data=data), mesh)
+    assert not Path(config.run_folder).exists()
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, mesh):

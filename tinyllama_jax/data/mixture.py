@@ -167,9 +167,21 @@ def ledger(
 
 
 def fingerprint(data: DataConfig, context: int, seed: int) -> dict[str, Any]:
-    """What must not change when a run goes on, since rows consumed would mean other rows."""
+    """What must not change when a run goes on, since rows consumed would mean other rows.
+
+    Raises:
+      UserError: a source that was prepared with another tokenizer.
+    """
+    tokenizer = file_sha256(data.tokenizer)
+    for source in data.sources:
+        # Another one of the same size would train as well, and tell wrong bits per byte and text.
+        require(
+            read_manifest(source.path)["tokenizer"]["sha256"] == tokenizer,
+            f"{source.path} was prepared with another tokenizer than {data.tokenizer}: "
+            "give that one as --data.tokenizer, or prepare the source again.",
+        )
     return {
-        "tokenizer": file_sha256(data.tokenizer),
+        "tokenizer": tokenizer,
         "seed": seed,
         "context": context,
         "sources": {

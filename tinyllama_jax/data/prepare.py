@@ -144,6 +144,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         sizes = {shard["file"]: shard["bytes"] for shard in shards}
+        manifest["tokenizer"]["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder / MANIFEST} is damaged: remove {folder} and prepare it again."
