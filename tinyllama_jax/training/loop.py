@@ -237,9 +237,9 @@ def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
     }
     write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    if not (folder / "tokenizer.model").exists():
-        shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
-        (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
+    # Each time: the one there may be of an earlier run that was stopped before any checkpoint.
+    shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
+    (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
 
 
 class _Clock:
