@@ -167,6 +167,15 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(config, mon
     assert (folder / "damaged" / "12").is_dir()
 
 
+def test_a_signal_between_two_looks_loses_no_metrics(config, mesh, monkeypatch):
+    def poll(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "poll", poll)
+    assert not loop.run(config, mesh)
+    assert sorted(losses(config)) == Checkpoints(config.run_folder).steps() == [1]
+
+
 def test_a_run_stopped_at_its_very_last_step_still_validates(config, mesh, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, config.steps)

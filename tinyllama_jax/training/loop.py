@@ -180,6 +180,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                         _sample(config, state, tokenizer, dtype, folder, step, terminal)
             checkpoints.poll()
             if stop:
+                if pending is not None:  # the signal came after they were last looked at
+                    report(*pending)
                 save(step)  # unless it is saved: the signal may have come while validating
                 checkpoints.finish()
                 terminal.say(
