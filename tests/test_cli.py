@@ -156,6 +156,18 @@ def test_a_missing_step_is_named(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_step_is_not_exported(run, tmp_path, capsys):
+    files = (run / "checkpoints" / "4" / "weights").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    argv = ["convert", str(run), str(tmp_path / "out"), "--to", "hf", "--step", "4"]
+    assert exit_code(argv) == 2
+    assert "Checkpoint 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number):
     config = dataclasses.replace(config, steps=5000)
