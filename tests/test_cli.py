@@ -57,6 +57,12 @@ def test_help_names_every_verb(capsys):
         (["--data.sources.0.weight", "0"], "weight"),
         (["--model.vocab-size", "500"], "make them equal"),
         (["--model.context", "100"], "must divide"),
+        (["--sample.prompts", ""], "has 0 tokens"),
+        (["--sample.prompts", "The " * 100], "fills the context"),
+        (["--sample.prompts"], "at least one prompt"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--optimizer.eps", "0"], "optimizer.eps"),
+        (["--optimizer.weight-decay", "-1"], "optimizer.weight_decay"),
         (["--run-folder", HERE], "cannot be made"),
     ],
 )

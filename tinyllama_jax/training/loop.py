@@ -71,6 +71,13 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         f"The tokenizer {config.data.tokenizer} has {tokenizer.get_piece_size():,} pieces and "
         f"model.vocab_size is {config.model.vocab_size:,}: make them equal.",
     )
+    for prompt in config.sample.prompts:
+        length = len(tokenizer.encode(prompt))
+        require(
+            0 < length < config.model.context,
+            f"The prompt {prompt[:40]!r} of sample.prompts has {length} tokens and model.context "
+            f"is {config.model.context}: give one that is neither empty nor fills the context.",
+        )
     require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
     names = [source.name for source in config.data.sources]
     weights = [source.weight for source in config.data.sources]
