@@ -57,6 +57,12 @@ def test_help_names_every_verb(capsys):
         (["--data.sources.0.weight", "0"], "weight"),
         (["--model.vocab-size", "500"], "make them equal"),
         (["--model.context", "100"], "must divide"),
+        (["--sample.prompts", ""], "has 0 tokens"),
+        (["--sample.prompts", "The " * 100], "fills the context"),
+        (["--sample.prompts"], "at least one prompt"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--optimizer.eps", "0"], "optimizer.eps"),
+        (["--optimizer.weight-decay", "-1"], "optimizer.weight_decay"),
         (["--run-folder", HERE], "cannot be made"),
     ],
 )
@@ -153,6 +159,18 @@ def test_a_missing_step_is_named(run, tmp_path, capsys):
     argv = ["convert", str(run), str(tmp_path / "out"), "--to", "hf", "--step", "77"]
     assert exit_code(argv) == 2
     assert "no checkpoint of step 77" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_step_is_not_exported(run, tmp_path, capsys):
+    files = (run / "checkpoints" / "4" / "weights").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    argv = ["convert", str(run), str(tmp_path / "out"), "--to", "hf", "--step", "4"]
+    assert exit_code(argv) == 2
+    assert "Checkpoint 4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,15 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(config, mon
     assert (folder / "damaged" / "12").is_dir()
 
 
+def test_a_signal_between_two_looks_loses_no_metrics(config, mesh, monkeypatch):
+    def poll(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "poll", poll)
+    assert not loop.run(config, mesh)
+    assert sorted(losses(config)) == Checkpoints(config.run_folder).steps() == [1]
+
+
 def test_a_run_stopped_at_its_very_last_step_still_validates(config, mesh, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, config.steps)
@@ -182,6 +192,19 @@ def test_a_finished_run_is_left_alone(config, mesh, capsys):
     assert loop.run(config, mesh)
     assert "nothing is left to train" in capsys.readouterr().out
     assert losses(config) == before
+
+
+def test_a_run_begun_anew_owes_nothing_to_the_one_before_it(config, mesh):
+    fresh, used = elsewhere(config, "fresh", seed=1), elsewhere(config, "used", seed=1)
+    loop.run(dataclasses.replace(used, seed=0, steps=15), mesh)
+    shutil.rmtree(Path(used.run_folder) / "checkpoints")
+    (Path(used.run_folder) / "tokenizer.model").write_text("of other data")
+    assert loop.run(fresh, mesh) and loop.run(used, mesh)
+    assert_same_run(fresh, used)
+    found = [read_metrics(config.run_folder)[12]["val/code/loss"] for config in (fresh, used)]
+    assert found[0] == found[1]
+    wanted = Path(config.data.tokenizer).read_bytes()
+    assert (Path(used.run_folder) / "tokenizer.model").read_bytes() == wanted
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(config, mesh):

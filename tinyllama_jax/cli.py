@@ -177,7 +177,7 @@ def open_run(run: Path, step: int | None):
     """(model config, weights) of a run's checkpoint.
 
     Raises:
-      UserError: no run there, or no such checkpoint.
+      UserError: no run there, no such checkpoint, or a damaged one.
     """
     import jax
 
@@ -193,10 +193,8 @@ def open_run(run: Path, step: int | None):
         if newest is None:
             raise UserError(f"{run} has no checkpoint yet: let it train on.")
         step = newest[0]
-    require(
-        step in checkpoints.steps(),
-        f"{run} has no checkpoint of step {step}, only {checkpoints.steps()}.",
-    )
+    else:
+        checkpoints.require_whole(step)
     weights = abstract_weights(config)
     weights = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

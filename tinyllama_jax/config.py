@@ -148,6 +148,9 @@ class OptimizerConfig:
         )
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
         require(self.clip_norm > 0, "optimizer.clip_norm must be above 0.")
+        # A weight whose gradient was always 0, as of a token never seen, would be 0 / 0 without it.
+        require(self.eps > 0, "optimizer.eps must be above 0.")
+        require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative.")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1).")
 
@@ -200,6 +203,7 @@ class SampleConfig:
             "sample.every and sample.max_tokens must be above 0.",
         )
         require(self.temperature >= 0, "sample.temperature must not be negative.")
+        require(len(self.prompts) > 0, "sample.prompts is empty: give at least one prompt.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +231,9 @@ class Config:
         for field in ("steps", "batch_rows", "micro_batches", "log_every"):
             value = getattr(self, field)
             require(value > 0, f"{field} is {value}: it must be above 0.")
+        require(
+            0 <= self.seed < 2**32, f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}."
+        )
         require(
             self.batch_rows % self.micro_batches == 0,
             f"batch_rows ({self.batch_rows}) is not divisible by micro_batches "

@@ -166,6 +166,19 @@ class Checkpoints:
         )
         return None
 
+    def require_whole(self, step: int) -> None:
+        """Raises `UserError` if there is no checkpoint of this step, or if it is damaged."""
+        require(
+            step in self.steps(),
+            f"{self.folder} has no checkpoint of step {step}, only {self.steps()}.",
+        )
+        damage = self._damage(step)
+        require(
+            damage is None,
+            f"Checkpoint {step} of {self.folder} is damaged ({damage}): take another of "
+            f"{self.steps()}.",
+        )
+
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint, onto whatever shardings the abstract state has.
 

@@ -71,6 +71,13 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         f"The tokenizer {config.data.tokenizer} has {tokenizer.get_piece_size():,} pieces and "
         f"model.vocab_size is {config.model.vocab_size:,}: make them equal.",
     )
+    for prompt in config.sample.prompts:
+        length = len(tokenizer.encode(prompt))
+        require(
+            0 < length < config.model.context,
+            f"The prompt {prompt[:40]!r} of sample.prompts has {length} tokens and model.context "
+            f"is {config.model.context}: give one that is neither empty nor fills the context.",
+        )
     require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
     names = [source.name for source in config.data.sources]
     weights = [source.weight for source in config.data.sources]
@@ -180,6 +187,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                         _sample(config, state, tokenizer, dtype, folder, step, terminal)
             checkpoints.poll()
             if stop:
+                if pending is not None:  # the signal came after they were last looked at
+                    report(*pending)
                 save(step)  # unless it is saved: the signal may have come while validating
                 checkpoints.finish()
                 terminal.say(
@@ -237,9 +246,9 @@ def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
     }
     write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    if not (folder / "tokenizer.model").exists():
-        shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
-        (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
+    # Each time: the one there may be of an earlier run that was stopped before any checkpoint.
+    shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
+    (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
 
 
 class _Clock:

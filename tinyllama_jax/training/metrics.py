@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from tinyllama_jax.runtime.checkpoint import write_aside
 
 FILE = "metrics.jsonl"
 
@@ -20,11 +23,12 @@ class Metrics:
 
     def __init__(self, run_folder: Path, first_step: int):
         path = run_folder / FILE
-        text = path.read_text() if path.exists() else ""
+        # The steps after the checkpoint are made again. Lines of theirs that stayed would be read
+        # as this run's: those of a run whose checkpoints were removed, or of a step now left out.
+        if path.exists():
+            kept = [line for step, line in _lines(path) if step <= first_step]
+            write_aside(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a")
-        if text and not text.endswith("\n"):  # the process died within its last line
-            self._file.write("\n")
-        # A run that goes on repeats the steps after its checkpoint; the later line counts.
         self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -42,18 +46,22 @@ class Metrics:
 
 
 def read_metrics(run_folder: str | Path) -> dict[int, dict[str, Any]]:
-    """{step: values} of a run, rising; for a step that was repeated, the last values.
-
-    A line that a killed process left unfinished is passed over.
-    """
+    """{step: values} of a run, rising."""
     steps: dict[int, dict[str, Any]] = {}
-    for line in (Path(run_folder) / FILE).read_text().splitlines():
-        try:
-            values = json.loads(line)
-            steps.setdefault(values.pop("step"), {}).update(values)
-        except (ValueError, KeyError, AttributeError):
-            continue
+    for step, line in _lines(Path(run_folder) / FILE):
+        values = json.loads(line)
+        del values["step"]
+        steps.setdefault(step, {}).update(values)
     return dict(sorted(steps.items()))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(step, line) of each whole line; a killed process leaves its last one unfinished."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            yield int(json.loads(line)["step"]), line
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 class Terminal:
