@@ -225,10 +225,18 @@ class Checkpoints:
             return
         if not wait and self._manager.is_saving_in_progress():
             return
-        self._manager.wait_until_finished()
-        folder = self.folder / str(self._unsealed)
+        # Forgotten first: a save that failed is told once, and closing does not hash what it left.
+        step, self._unsealed = self._unsealed, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # TensorStore's and Orbax's own errors share no class
+            raise UserError(
+                f"Checkpoint {step} of {self.folder} could not be written "
+                f"({str(error).splitlines()[0][:200]}): see to the disk and run the same command "
+                "again."
+            ) from error
+        folder = self.folder / str(step)
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
-        self._unsealed = None
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
