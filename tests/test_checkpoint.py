@@ -165,6 +165,12 @@ def test_a_save_that_fails_in_the_background_is_said_once(state, tmp_path, monke
     assert not (tmp_path / "checkpoints" / "5" / "sha256.json").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()  # whoever runs this: root may write where others may not
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path):
+        pass
+
+
 def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
     program = "import sys; sys.stdin.read()"
     holder = f"""

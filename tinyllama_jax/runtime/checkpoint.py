@@ -43,10 +43,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the run folder against a second writer; the lock ends with the process.
 
     Raises:
-      UserError: another process trains in this folder.
+      UserError: another process trains in this folder, or it cannot be written.
     """
     make_folder(folder)
-    with open(folder / ".lock", "a+") as file:
+    try:
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give another --run-folder."
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
