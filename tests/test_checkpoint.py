@@ -148,6 +148,29 @@ def test_a_full_disk_is_said_before_anything_is_written(state, tmp_path, monkeyp
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_save_that_fails_in_the_background_is_said_once(state, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
+    checkpoints.save(state | {"step": jnp.asarray(5, jnp.int32)}, RUN)
+    wait = checkpoints._manager.wait_until_finished
+
+    def fail():
+        wait()
+        raise ValueError("no space left\nand many more lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(UserError, match=r"Checkpoint 5 .*\(no space left\)"):
+            checkpoints.finish()
+    checkpoints.close()
+    assert not (tmp_path / "checkpoints" / "5" / "sha256.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()  # whoever runs this: root may write where others may not
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path):
+        pass
+
+
 def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
     program = "import sys; sys.stdin.read()"
     holder = f"""

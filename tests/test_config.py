@@ -115,6 +115,23 @@ def test_a_config_file_that_gives_no_config_is_refused(text, tmp_path):
         load_config(str(tmp_path / "c.py"))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\ny = (", "line 2 .*SyntaxError"),
+        ("import nosuchmodule", "line 1 .*nosuchmodule"),
+        ("\n\ndef get_config():\n    return Config()", "line 4 .*NameError"),
+        ("def get_config(steps): ...", "steps"),
+        ("get_config = 3", "get_config"),
+        ("\0", "null bytes"),
+    ],
+)
+def test_a_config_file_with_a_mistake_costs_one_sentence(text, words, tmp_path):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(str(tmp_path / "c.py"))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_loads_and_says_how_to_run_it(path):
     assert isinstance(load_config(str(path)), Config)

@@ -221,6 +221,13 @@ def test_load_refuses_another_model(copied, key, value, named):
         huggingface.load(copied)
 
 
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("rms_norm_eps", None)])
+def test_load_refuses_values_that_cannot_be(copied, key, value):
+    edit_json(copied / "config.json", **{key: value})
+    with pytest.raises(UserError, match="value that cannot be"):
+        huggingface.load(copied)
+
+
 def test_load_refuses_tensors_that_do_not_fit(exported, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
 

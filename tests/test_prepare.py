@@ -70,6 +70,15 @@ def test_another_text_does_not_overwrite_a_dataset(data, splits, tmp_path):
                       tmp_path / "d")  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_dataset_is_not_overwritten(data, splits, tmp_path, kind):
+    out = tmp_path / "d"
+    out.mkdir() if kind == "folder" else out.write_text("notes")
+    with pytest.raises(UserError, match="no dataset: remove it"):
+        write_dataset("prose", splits, data.tokenizer, out)
+    assert out.exists()
+
+
 def test_a_failure_leaves_nothing_behind(data, splits, tmp_path):
     class Documents(list):
         def __getitem__(self, index):

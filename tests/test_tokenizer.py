@@ -44,6 +44,13 @@ def test_too_little_text_is_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_the_way_is_named_and_nothing_is_written(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        train_tokenizer([(GOLDEN / "text.txt").read_text()], VOCAB, tmp_path / "data")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data"]
+
+
 def test_training_is_deterministic(data, tmp_path):
     train_tokenizer([(GOLDEN / "text.txt").read_text()], VOCAB, tmp_path / "again.model")
     with open(data.tokenizer, "rb") as first, open(tmp_path / "again.model", "rb") as again:

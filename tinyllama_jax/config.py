@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,13 +275,25 @@ def load_config(path: str) -> Config:
     """Runs a config file and returns what its `get_config()` gives.
 
     Raises:
-      UserError: no such file, or no `get_config` in it.
+      UserError: no such file, one that does not run, or no `get_config` in it.
     """
     require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} defines no get_config() -> Config.")
-    config = get_config()
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        require(callable(get_config), f"{path} defines no get_config() -> Config.")
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever its author's mistake raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        line = f" line {lines[-1]}" if lines and lines[-1] else ""
+        raise UserError(
+            f"{path}{line} is no proper config ({type(error).__name__}: {error}): mend it, or "
+            "begin with a copy of one in configs/."
+        ) from error
     require(isinstance(config, Config), f"get_config() of {path} gives no Config, but {config!r}.")
     return config
 

@@ -75,6 +75,10 @@ def write_dataset(
         "splits": {},
     }
     if out.exists():
+        require(
+            (out / MANIFEST).is_file(),
+            f"{out} is there already and no dataset: remove it, or give another --out.",
+        )
         there = read_manifest(out)
         same = all(there.get(key) == manifest[key] for key in manifest if key != "splits")
         require(

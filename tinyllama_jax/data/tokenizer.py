@@ -43,9 +43,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
     """Trains byte-fallback BPE with Llama 2's settings and writes `out` in one rename.
 
     Raises:
-      UserError: too little text for so many pieces.
+      UserError: too little text for so many pieces, or a folder at `out`.
     """
-    model = io.BytesIO()
+    out, model = Path(out), io.BytesIO()
+    require(not out.is_dir(), f"{out} is a folder: give a file, such as {out / 'tokenizer.model'}.")
     # Line by line: the trainer drops sentences above 4 KiB, and a newline is a byte piece anyway.
     lines = (line for text in texts for line in text.splitlines() if line)
     try:
@@ -72,7 +73,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
             f"No tokenizer of {vocab_size} pieces can be trained on this text: "
             f"give more text or a smaller --vocab-size ({error})."
         ) from None
-    out = Path(out)
     make_folder(out.parent)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.write_bytes(model.getvalue())

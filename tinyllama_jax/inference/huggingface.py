@@ -278,6 +278,10 @@ def config_from_hf(path: Path) -> LlamaConfig:
         raise UserError(
             f"{path} has no {error}: save the model again with transformers."
         ) from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} holds a value that cannot be ({error}): download or export it again."
+        ) from error
 
 
 def load(folder: Path) -> tuple[LlamaConfig, Weights]:

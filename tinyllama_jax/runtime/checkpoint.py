@@ -43,10 +43,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the run folder against a second writer; the lock ends with the process.
 
     Raises:
-      UserError: another process trains in this folder.
+      UserError: another process trains in this folder, or it cannot be written.
     """
     make_folder(folder)
-    with open(folder / ".lock", "a+") as file:
+    try:
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give another --run-folder."
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -225,10 +231,18 @@ class Checkpoints:
             return
         if not wait and self._manager.is_saving_in_progress():
             return
-        self._manager.wait_until_finished()
-        folder = self.folder / str(self._unsealed)
+        # Forgotten first: a save that failed is told once, and closing does not hash what it left.
+        step, self._unsealed = self._unsealed, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # TensorStore's and Orbax's own errors share no class
+            raise UserError(
+                f"Checkpoint {step} of {self.folder} could not be written "
+                f"({str(error).splitlines()[0][:200]}): see to the disk and run the same command "
+                "again."
+            ) from error
+        folder = self.folder / str(step)
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
-        self._unsealed = None
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
