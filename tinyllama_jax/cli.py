@@ -199,7 +199,8 @@ def open_run(run: Path, step: int | None):
     weights = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         weights,
-        shardings(weights, make_mesh()),
+        # One device: a model's width need not divide by as many as happen to be at hand.
+        shardings(weights, make_mesh(devices=jax.devices()[:1])),
     )
     return config, checkpoints.restore_weights(step, weights)
 

@@ -280,7 +280,8 @@ def load_config(path: str) -> Config:
     require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
     try:
         get_config = runpy.run_path(path).get("get_config")
-        require(callable(get_config), f"{path} defines no get_config() -> Config.")
+        if not callable(get_config):
+            raise UserError(f"{path} defines no get_config() -> Config.")
         config = get_config()
     except UserError:
         raise
@@ -294,7 +295,8 @@ def load_config(path: str) -> Config:
             f"{path}{line} is no proper config ({type(error).__name__}: {error}): mend it, or "
             "begin with a copy of one in configs/."
         ) from error
-    require(isinstance(config, Config), f"get_config() of {path} gives no Config, but {config!r}.")
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} gives no Config, but {config!r}.")
     return config
 
 

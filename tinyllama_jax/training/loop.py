@@ -355,9 +355,12 @@ def _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder
     table = Table("held out", "tokens", "loss", "unigram", "bigram", "bits/byte", "gzip -9")
     for source, train, held_out in zip(config.data.sources, train_rows, held_out_rows, strict=True):
         rows_BS = np.stack([held_out[i] for i in range(len(held_out))])
-        train_BS = np.stack([train[i] for i in range(min(len(train), BASELINE_ROWS))])
+        # Spread over all training rows: the first ones would be those of the first modules.
+        some = np.linspace(0, len(train) - 1, min(len(train), BASELINE_ROWS)).astype(int)
+        train_BS = np.stack([train[i] for i in some])
         vocab_size = config.model.vocab_size
-        text = "".join(tokenizer.decode(rows_BS[:, 1:].tolist())).encode()
+        # At once: decoded row by row, each would lose its leading space.
+        text = tokenizer.decode(rows_BS[:, 1:].ravel().tolist()).encode()
         table.add_row(
             source.name,
             f"{rows_BS[:, 1:].size:,}",
