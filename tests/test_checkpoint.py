@@ -114,6 +114,10 @@ def test_a_checkpoint_that_was_not_hashed_yet_still_counts(state, tmp_path):
     save(tmp_path, state, 1, 2)
     (tmp_path / "checkpoints" / "2" / "sha256.json").unlink()
     assert Checkpoints(tmp_path).newest()[0] == 2
+    for file in (tmp_path / "checkpoints" / "2" / "run").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")  # as after a power cut
+    assert Checkpoints(tmp_path).newest()[0] == 1
 
 
 @pytest.mark.parametrize(

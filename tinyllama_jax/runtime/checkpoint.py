@@ -164,8 +164,7 @@ class Checkpoints:
                     shutil.rmtree(aside / str(other), ignore_errors=True)
                     (self.folder / str(other)).rename(aside / str(other))
                 self._manager.reload()
-            args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return step, self._manager.restore(step, args=args)["run"]
+            return step, self._run_values(step)
         require(
             not passed,
             f"Every checkpoint of {self.folder} is damaged: remove the folder to start again.",
@@ -244,13 +243,23 @@ class Checkpoints:
         folder = self.folder / str(step)
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
 
+    def _run_values(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(run=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["run"]
+
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
         folder = self.folder / str(step)
         if any(not (folder / item).is_dir() for item in ITEMS):
             return f"it lacks one of its items {', '.join(ITEMS)}"
         if not (folder / HASHES).is_file():
-            return None  # killed between Orbax's rename and the hashing: whole, only not hashed
+            # A process killed between Orbax's rename and the hashing leaves it whole; a machine
+            # that lost its power may not have.
+            try:
+                self._run_values(step)
+            except Exception as error:  # Orbax's and JSON's own errors share no class
+                return f"its run values cannot be read ({type(error).__name__})"
+            return None
         try:
             wanted = json.loads((folder / HASHES).read_text())
         except ValueError:
