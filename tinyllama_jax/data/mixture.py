@@ -173,24 +173,15 @@ def fingerprint(data: DataConfig, context: int, seed: int) -> dict[str, Any]:
       UserError: a source that was prepared with another tokenizer.
     """
     tokenizer = file_sha256(data.tokenizer)
+    sources = {}
     for source in data.sources:
+        manifest = read_manifest(source.path)
         # Another one of the same size would train as well, and tell wrong bits per byte and text.
         require(
-            read_manifest(source.path)["tokenizer"]["sha256"] == tokenizer,
+            manifest["tokenizer"]["sha256"] == tokenizer,
             f"{source.path} was prepared with another tokenizer than {data.tokenizer}: "
             "give that one as --data.tokenizer, or prepare the source again.",
         )
-    return {
-        "tokenizer": tokenizer,
-        "seed": seed,
-        "context": context,
-        "sources": {
-            source.name: {
-                "weight": source.weight,
-                "manifest": hashlib.sha256(
-                    json.dumps(read_manifest(source.path), sort_keys=True).encode()
-                ).hexdigest(),
-            }
-            for source in data.sources
-        },
-    }
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        sources[source.name] = {"weight": source.weight, "manifest": digest}
+    return {"tokenizer": tokenizer, "seed": seed, "context": context, "sources": sources}
