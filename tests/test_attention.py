@@ -1,42 +1,34 @@
-"""The attention contract, held against a plain fp64 loop."""
+"""The attention contract: what every backend gives, refuses and falls back to."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_attention import (
+    assert_second_document_is_blind_to_first,
+    exact_attention,
+    frobenius_error,
+    inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.model.attention import attention
-
-
-def inputs(B, T, N, K, H, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-
-
-def by_hand(q, k, v, segments, causal=True):
-    """Head by head and token by token, in fp64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    B, T, N, H = q.shape
-    out = np.zeros_like(q)
-    for b in range(B):
-        for n in range(N):
-            kv = n // (N // k.shape[2])
-            for t in range(T):
-                seen = [
-                    s
-                    for s in range(T)
-                    if (s <= t or not causal) and segments[b, s] == segments[b, t]
-                ]
-                scores = k[b, seen, kv] @ q[b, t, n] / np.sqrt(H)
-                weights = np.exp(scores - scores.max())
-                out[b, t, n] = weights @ v[b, seen, kv] / weights.sum()
-    return out
+from tinyllama_jax.model import attention as attention_module
+from tinyllama_jax.model.attention import (
+    AUTO,
+    CHIPS,
+    attention,
+    cached_attention,
+    choose_backend,
+    why_not,
+)
+from tinyllama_jax.runtime.mesh import make_mesh
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=6)
 @given(
     B=st.integers(1, 2),
     T=st.integers(1, 9),
@@ -45,35 +37,84 @@ def by_hand(q, k, v, segments, causal=True):
     causal=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_equals_a_loop_by_hand(B, T, K, G, causal, seed):
-    q, k, v, _ = inputs(B, T, K * G, K, 6, seed)
+def test_reference_equals_fp64_and_so_do_its_gradients(B, T, K, G, causal, seed):
+    q, k, v, do = inputs(B, T, K * G, K, 6, seed)
     segments = np.cumsum(np.random.default_rng(seed).random((B, T)) < 0.3, axis=1)
-    found = attention(q, k, v, causal=causal, segment_ids=jnp.asarray(segments))
-    np.testing.assert_allclose(found, by_hand(q, k, v, segments, causal), atol=2e-6)
+    run = functools.partial(attention, causal=causal, segment_ids=segments, backend="reference")
+    o, vjp = jax.vjp(run, q, k, v)
+    exact = exact_attention(q, k, v, do, segments, causal)
+    for found, expected in zip((o, *vjp(do)), exact, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_document_b_is_blind_to_document_a_bit_by_bit():
+@pytest.mark.parametrize("backend", ["reference", "pallas"])
+def test_document_b_is_blind_to_document_a_bit_by_bit(backend):
     q, k, v, do = inputs(2, 12, 4, 2, 8)
     segments = jnp.broadcast_to(jnp.where(jnp.arange(12) < 5, 0, 1), (2, 12))
 
+    @jax.jit
     def run(q, k, v):
-        out, vjp = jax.vjp(lambda *qkv: attention(*qkv, segment_ids=segments), q, k, v)
-        return out, *vjp(do)
+        attend = functools.partial(attention, segment_ids=segments, backend=backend)
+        o, vjp = jax.vjp(attend, q, k, v)
+        return o, *vjp(do)
 
-    before = run(q, k, v)
-    after = run(*(x.at[:, :5].multiply(3.0) for x in (q, k, v)))
-    for x, y in zip(before, after, strict=True):
-        np.testing.assert_array_equal(x[:, 5:], y[:, 5:])
-    assert not np.array_equal(before[0][:, :5], after[0][:, :5])
+    assert_second_document_is_blind_to_first(run, q, k, v, first=5)
 
 
-def test_softmax_is_fp32_under_bf16():
-    q, k, v, _ = inputs(1, 64, 2, 1, 16)
-    exact = by_hand(q, k, v, np.zeros((1, 64)))
-    found = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+@pytest.mark.parametrize("backend", ["reference", "pallas"])
+def test_softmax_is_fp32_under_bf16(backend):
+    q, k, v, do = (x.astype(jnp.bfloat16) for x in inputs(1, 64, 2, 1, 16))
+    found = attention(q, k, v, backend=backend)
     assert found.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
-    assert error < 1e-2
+    assert frobenius_error(found, exact_attention(q, k, v, do)[0]) < 1e-2
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [5, 12], [12, 7]])
+def test_cached_attention_is_the_last_row_of_attention(lengths):
+    q, k, v, _ = inputs(2, 12, 6, 2, 8)
+    newest = np.array(lengths) - 1
+    found = cached_attention(q[np.arange(2), newest][:, None], k, v, jnp.array(lengths), scale=0.3)
+    for row, length in enumerate(lengths):
+        alone = attention(*(x[row : row + 1, :length] for x in (q, k, v)), scale=0.3)
+        np.testing.assert_allclose(found[row, 0], alone[0, -1], atol=1e-6)
+
+
+def test_cached_attention_of_several_tokens_is_causal_among_them():
+    q, k, v, _ = inputs(1, 12, 6, 2, 8)
+    found = cached_attention(q[:, 4:9], k, v, jnp.array([9]))
+    np.testing.assert_allclose(found, attention(q, k, v)[:, 4:9], atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [16, 3])
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_rows(rows):
+    q, k, v, do = inputs(rows, 8, 2, 1, 32)
+    mesh = make_mesh(data=2)
+
+    @jax.jit
+    def run(q, k, v, do):
+        o, vjp = jax.vjp(functools.partial(attention, backend="pallas"), q, k, v)
+        return o, *vjp(do)
+
+    alone = run(q, k, v, do)
+    with jax.set_mesh(mesh):
+        split = P(("data", "fsdp")) if rows == 16 else P()
+        shards = jax.device_put((q, k, v, do), jax.NamedSharding(mesh, split))
+        found = run(*shards)
+        program = run.lower(*shards).compile().as_text()
+    assert found[0].sharding.spec == split
+    if rows == 16:
+        assert "all-gather" not in program
+    for x, y in zip(found, alone, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_inside_shard_map():
+    q, k, v, _ = inputs(8, 8, 2, 1, 32)
+    run = functools.partial(attention, backend="pallas")
+    with jax.set_mesh(make_mesh()):
+        spec = P("fsdp")
+        mapped = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+        np.testing.assert_allclose(jax.jit(mapped)(q, k, v), attention(q, k, v), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +134,58 @@ def test_segment_ids_of_another_shape_are_refused():
     q, k, v, _ = inputs(1, 4, 2, 1, 8)
     with pytest.raises(ValueError, match="segment_ids"):
         attention(q, k, v, segment_ids=jnp.zeros((1, 3), int))
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    q, k, v, _ = inputs(1, 4, 2, 1, 8)
+    with pytest.raises(ValueError, match="above 0"):
+        attention(q, k, v, scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "complaint"),
+    [
+        ("cudnn", {"chip": "cpu"}, "GPU"),
+        ("cudnn", {"documents": True}, "segment_ids"),
+        ("cudnn", {"dtype": jnp.float32}, "bfloat16"),
+        ("pallas", {"head_width": 192}, "192"),
+        ("triton", {"chip": "cpu"}, "cpu"),
+        ("pallas", {"chip": "NVIDIA GeForce RTX 4090"}, "RTX 4090"),
+        ("triton", {"dtype": jnp.float16}, "float16"),
+    ],
+)
+def test_a_backend_says_what_it_cannot_do(backend, change, complaint):
+    asked = {"chip": "H100", "dtype": jnp.bfloat16, "head_width": 64, "documents": False}
+    assert why_not(backend, **asked) is None
+    assert complaint in why_not(backend, **asked | change)
+
+
+def test_what_a_backend_cannot_do_is_an_error_and_never_another_backend():
+    q, k, v, _ = inputs(1, 4, 2, 1, 8)
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU"):
+        attention(q, k, v, backend="cudnn")
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("head_width", [48, 192])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("chip", ["cpu", "A100", "H100", "NVIDIA GeForce RTX 4090", "TPU v5"])
+def test_auto_never_takes_what_cannot_do_it(chip, dtype, head_width, documents):
+    backend, reason = choose_backend(chip, dtype, head_width, documents)
+    assert why_not(backend, chip, dtype, head_width, documents) is None
+    assert reason
+    assert backend != "cudnn" or chip == "H100" or "NVIDIA" in chip
+    if dtype == jnp.bfloat16 and head_width == 48 and (chip, documents) in AUTO:
+        assert backend == AUTO[chip, documents][0]
+
+
+def test_auto_covers_every_chip():
+    assert set(AUTO) == {(chip, docs) for chip in CHIPS.values() for docs in (False, True)}
+
+
+def test_auto_says_once_what_it_took(capsys):
+    attention_module._say_once.cache_clear()
+    q, k, v, _ = inputs(1, 4, 2, 1, 8)
+    attention(q, k, v)
+    attention(q, k, v)
+    assert capsys.readouterr().err.count("attention on cpu: reference") == 1

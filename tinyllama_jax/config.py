@@ -32,6 +32,10 @@ def make_folder(path: Path) -> None:
         ) from None
 
 
+AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]
+"""What computes attention; `model/attention.py` says what each can do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama 2 decoder."""
@@ -221,6 +225,8 @@ class Config:
     """The rows of a step are split into this many micro-batches, whose gradients are added."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
+    attention: AttentionBackend = "auto"
+    """`auto` picks by device: our kernels or cuDNN on a GPU, plain JAX on a CPU."""
     seed: int = 0
     log_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.config import AttentionBackend, LlamaConfig
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.loss import cross_entropy
 from tinyllama_jax.runtime.mesh import batch_sharding, put_batch
@@ -30,13 +30,17 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / text_bytes
 
 
-def make_score(model: LlamaConfig, mesh: Mesh, dtype) -> Score:
+def make_score(
+    model: LlamaConfig, mesh: Mesh, dtype, attention_backend: AttentionBackend = "auto"
+) -> Score:
     """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `cross_entropy` gives them."""
 
     def score(weights, tokens_BS, weights_BT):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
-        logits_BTV = llama.apply(model, weights, tokens_BS[:, :-1])
+        logits_BTV = llama.apply(
+            model, weights, tokens_BS[:, :-1], attention_backend=attention_backend
+        )
         return cross_entropy(logits_BTV, tokens_BS[:, 1:], weights_BT)
 
     rows = batch_sharding(mesh, rows_axis=0)

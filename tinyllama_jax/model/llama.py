@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.config import AttentionBackend, LlamaConfig
 from tinyllama_jax.model.attention import attention
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
@@ -65,13 +65,15 @@ class Block(nnx.Module):
         self.up_DF = normal(into, D, F)
         self.down_FD = normal(out, F, D)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT=None):
+    def __call__(self, x_BTD, rope, segment_ids_BT, attention_backend):
         with jax.named_scope("attention"):
             h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
             q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...]), *rope)
             k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...]), *rope)
             v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...])
-            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT)
+            o_BTNH = attention(
+                q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, backend=attention_backend
+            )
             x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.output_NHD[...])
         with jax.named_scope("swiglu"):
             h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)
@@ -94,7 +96,7 @@ class Llama(nnx.Module):
         self.norm_D = nnx.Param(jnp.ones(D))
         self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
 
-    def __call__(self, tokens_BT, segment_ids_BT=None):
+    def __call__(self, tokens_BT, segment_ids_BT, attention_backend):
         """Logits (B, T, V) in the dtype of the weights, for any T up to what memory holds."""
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         rope = rope_tables(positions_BT, self.config)
@@ -104,7 +106,8 @@ class Llama(nnx.Module):
         block_definition, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD, weights):
-            return nnx.merge(block_definition, weights)(x_BTD, rope, segment_ids_BT), None
+            block = nnx.merge(block_definition, weights)
+            return block(x_BTD, rope, segment_ids_BT, attention_backend), None
 
         x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
         with jax.named_scope("head"):
@@ -137,6 +140,7 @@ def apply(
     weights: Weights,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    attention_backend: AttentionBackend = "auto",
 ) -> jax.Array:
     """Logits (B, T, V) of the model with these weights.
 
@@ -145,6 +149,7 @@ def apply(
       weights: as `init_weights` gives them, in the dtype to compute in.
       tokens_BT: ids in [0, V); JAX clamps what lies outside, so check them on the host.
       segment_ids_BT: documents of a packed row; a token sees its own document alone.
+      attention_backend: as `attention` takes it.
     """
     definition = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(definition, weights)(tokens_BT, segment_ids_BT)
+    return nnx.merge(definition, weights)(tokens_BT, segment_ids_BT, attention_backend)

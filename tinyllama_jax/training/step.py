@@ -77,7 +77,9 @@ def make_step(
     dtype, everywhere = compute_dtype(config), NamedSharding(mesh, P())
 
     def loss_sum(weights, tokens_BS, weights_BT):
-        logits_BTV = llama.apply(config.model, weights, tokens_BS[:, :-1])
+        logits_BTV = llama.apply(
+            config.model, weights, tokens_BS[:, :-1], attention_backend=config.attention
+        )
         return cross_entropy(logits_BTV, tokens_BS[:, 1:], weights_BT)
 
     def step(state: State, tokens_ABS, weights_ABT):
