@@ -6,7 +6,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --editable
 # Where there is an NVIDIA device, JAX comes with its CUDA plugin.
 GPU = $(if $(wildcard /dev/nvidia0),[gpu])
 
-.PHONY: train test lint clean
+.PHONY: train test compile lint clean
 
 train: runs/demo/export/model.safetensors
 	$(BIN)/tinyllama generate runs/demo --prompt "The" --temperature 0.8
@@ -26,6 +26,10 @@ data/demo/code/manifest.json: data/demo/tokenizer.model
 test: $(VENV)/installed-test
 	$(BIN)/pytest
 
+# Programs for GPUs that are not here: registers, spills, collectives.
+compile: $(VENV)/installed-compile
+	$(BIN)/pytest -m compile
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -42,6 +46,11 @@ $(VENV)/installed: requirements.txt pyproject.toml
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "Installing what the tests need, PyTorch among it: once."
 	$(PIP) '.[test,torch]'
+	@touch $@
+
+$(VENV)/installed-compile: $(VENV)/installed
+	@echo "Installing the compiler for NVIDIA GPUs (about 560 MB on disk): once."
+	$(PIP) '.[plan,test]'
 	@touch $@
 
 clean:

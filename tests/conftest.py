@@ -8,6 +8,8 @@ from pathlib import Path
 # In the environment, so that the processes which tests start compile the same programs.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Tests marked `gpu` run where it says otherwise: JAX_PLATFORMS=cuda pytest -m gpu
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One program is compiled once a session, however many runs and processes ask for it.
 COMPILED = tempfile.TemporaryDirectory(prefix="tinyllama-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name

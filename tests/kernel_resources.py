@@ -1,0 +1,87 @@
+"""What kernels take of a GPU that need not be here."""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+import unittest.mock
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import triton
+from jax_triton import triton_lib
+
+from tinyllama_jax.model import triton_kernels
+
+KERNELS = ("flash_forward", "flash_dq", "flash_dkdv")
+
+# XLA puts stack traces into what it writes down, and naming their frames takes 20 s a program.
+os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
+
+# The suite compiles without optimisation, which must not reach a GPU's programs.
+OPTIMISED = {"xla_backend_optimization_level": 3}
+
+
+class Resources(NamedTuple):
+    """Of one thread, but shared memory of a block; bytes."""
+
+    registers: int
+    spills: int
+    shared_memory: int
+    ptx: str
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[dict[str, Resources]]:
+    """By name, the kernels that are lowered inside; jax-triton compiles to PTX as it lowers."""
+    found: dict[str, Resources] = {}
+    compile_to_ptx = triton_lib.compile_ttir_to_ptx_inplace
+
+    def record(*args):
+        result = compile_to_ptx(*args)
+        found[result.name] = _assemble(result.binary, result.shared_mem_bytes)
+        return result
+
+    # A kernel that was lowered before would come from a cache: one dictionary of all kernels in
+    # jax-triton 0.3, one of each kernel since.
+    getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {}).clear()
+    for name in KERNELS:
+        getattr(getattr(triton_kernels, name), "_jT_kernel_cache", {}).clear()
+    with unittest.mock.patch.object(triton_lib, "compile_ttir_to_ptx_inplace", record):
+        yield found
+
+
+def _assemble(ptx: str, shared_memory: int) -> Resources:
+    """Runs the assembler that Triton brings along."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={target}", file.name]
+        log = subprocess.run(
+            [*command, "-o", "/dev/null"], check=True, capture_output=True, text=True
+        ).stderr
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
+    return Resources(registers, spills, shared_memory, ptx)
+
+
+def resources_of_program(
+    lower: Callable[[], jax.stages.Lowered], folder: Path
+) -> dict[str, Resources]:
+    """Our kernels in a program by name; `folder` takes what XLA writes down about it."""
+    with _recorded() as found:
+        lowered = lower()
+    # From JAX 0.12 on, PTX is written down only where the emitters are asked for.
+    dump = {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
+    lowered.compile(compiler_options=dump | OPTIMISED)
+    launches = "".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    for path in folder.glob("*.ptx"):
+        ptx = path.read_text()
+        if entry := re.search(rf"\.entry ({'|'.join(KERNELS)})\(", ptx):
+            shared = re.search(rf" {entry[1]} grid.*shared_memory: (\d+)", launches)
+            found[entry[1]] = _assemble(ptx, int(shared[1]))
+    return found
