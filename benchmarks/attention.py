@@ -1,0 +1,272 @@
+"""Attention on this GPU: ours beside cuDNN, tokamax and PyTorch, or `--tune` for our tiles.
+
+    python benchmarks/attention.py            # a table, and files in benchmarks/results
+    python benchmarks/attention.py --tune     # rewrites tinyllama_jax/model/tiles.py
+    python benchmarks/attention.py --quick    # tiny shapes, on a CPU too
+
+The systems take turns, round after round in one process, so that a drifting clock meets all alike.
+In its turn a system gets several calls at once, queued faster than the device runs them, over
+several sets of random inputs, none of which the cache still holds when it comes back. The time of
+a call is the turn's, from an idle device to an idle device, over the number of calls.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from report import TOLERANCE, Row, auto_rows, compare, tables
+from rich.console import Console
+from systems import OURS, SYSTEMS, Case, Inputs, Run
+
+from tinyllama_jax.config import UserError, make_folder, require
+from tinyllama_jax.model.attention import CHIPS, attention, device_chip
+
+REPOSITORY = Path(__file__).parents[1]
+SETS = 3  # of inputs
+SHAPES = [(8, 2048, 32, 4, 64), (2, 8192, 32, 4, 64), (8, 2048, 16, 4, 128)]
+CASES = [Case(*shape, documents) for shape in SHAPES for documents in (False, True)]
+QUICK_SHAPE = {"cpu": (2, 64, 4, 2, 32), "gpu": (2, 700, 8, 2, 64)}
+PACKAGES = [
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "tokamax"),
+    *("torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+]
+
+
+def time_rounds(runs: dict, rounds: int, seconds: float) -> dict:
+    """Times of a call in ms, `runs` taking turns.
+
+    Args:
+      runs: (call, wait) by any key. `call(i)` starts work on input set i, `wait` what it returned.
+      rounds: turns that each gets.
+      seconds: about how long a turn is.
+
+    Returns:
+      By the same keys: ms, ms_min, ms_max, calls of a turn, and host_ms, what it takes to start one
+      call. Or the exception that ended it.
+    """
+    found, calls, times = {}, {}, {}
+
+    def turn(key, count):
+        """Seconds of `count` calls until they are done, and until they were queued."""
+        call, wait = runs[key]
+        wait(call(0))
+        start = time.perf_counter()
+        for i in range(count):
+            result = call(i)
+        queued = time.perf_counter() - start
+        wait(result)
+        return time.perf_counter() - start, queued
+
+    for round_number in range(-1, rounds):
+        for key in runs:
+            if key in found:
+                continue
+            try:
+                if round_number < 0:
+                    turn(key, SETS)  # warms up
+                    few = 2 * SETS
+                    estimate, queued = (x / few for x in turn(key, few))
+                    calls[key] = max(SETS, min(200, math.ceil(seconds / estimate)))
+                    times[key] = {"calls": calls[key], "host_ms": 1e3 * queued, "turns": []}
+                else:
+                    ms = 1e3 * turn(key, calls[key])[0] / calls[key]
+                    times[key]["turns"].append(ms)
+            except Exception as error:  # whatever it is, the others go on
+                found[key] = error
+    for key in runs.keys() - found.keys():
+        turns = times[key].pop("turns")
+        middle = statistics.median(turns)
+        found[key] = {"ms": middle, "ms_min": min(turns), "ms_max": max(turns), **times[key]}
+    return found
+
+
+def one_line(error: Exception) -> str:
+    """The reason, short enough for a table."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[0].strip() if lines else ""
+    known = (ValueError, RuntimeError, NotImplementedError)  # by us, or by whoever explains
+    return (text if text and type(error) in known else f"{type(error).__name__}: {text}")[:110]
+
+
+@jax.default_matmul_precision("highest")
+def expected(inputs: Inputs, G: int) -> tuple[jax.Array, ...]:
+    """o, dq, dk and dv of the last row and kv head, by the reference in fp32."""
+    q, k, v, do = (
+        x[-1:, :, -heads:].astype(jnp.float32)
+        for x, heads in zip(inputs[:4], (G, 1, 1, G), strict=True)
+    )
+    segments = None if inputs.segments_BT is None else inputs.segments_BT[-1:]
+
+    def attend(q, k, v):
+        return attention(q, k, v, segment_ids=segments, backend="reference")
+
+    @jax.jit
+    def run(q, k, v, do):
+        o, vjp = jax.vjp(attend, q, k, v)
+        return o, *vjp(do)
+
+    return run(q, k, v, do)
+
+
+def check(run: Run, row: Row, exact: tuple[jax.Array, ...]) -> None:
+    """Fills in the error and whether two runs agree, of what will be timed, at its full size."""
+
+    def results():
+        return [run.to_jax(x) for x in (run.forward(0), *run.backward(0))]
+
+    first, second = results(), results()
+    row.same_bits = all(bool(jnp.array_equal(x, y)) for x, y in zip(first, second, strict=True))
+    errors = []
+    for x, y in zip(first, exact, strict=True):
+        difference = x[-1:, :, -y.shape[2] :].astype(jnp.float32) - y
+        errors.append(float(jnp.linalg.norm(difference) / jnp.linalg.norm(y)))
+    row.error = max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+    if not row.error < TOLERANCE:
+        row.failure = f"wrong: differs from the reference by {row.error:.2g}"
+
+
+def measure(case: Case, names: list[str], rounds: int, seconds: float) -> list[Row]:
+    """All systems in one case."""
+    sets = jax.block_until_ready([case.inputs(seed) for seed in range(SETS)])
+    exact = expected(sets[0], case.N // case.K)
+    rows = {name: Row(case, name) for name in names}
+
+    def compile(name):
+        try:
+            system = SYSTEMS[name]()
+            system.compile(sets[0])
+            return system
+        except Exception as error:
+            rows[name].failure = one_line(error)
+
+    # In threads the compilers run side by side. What runs on the device runs alone.
+    with ThreadPoolExecutor() as pool:
+        systems = dict(zip(names, pool.map(compile, names), strict=True))
+    runs = {}
+    for name, row in rows.items():
+        if row.failure is None:
+            try:
+                run = systems[name].prepare(sets)
+                check(run, row, exact)
+            except Exception as error:
+                row.failure = one_line(error)
+            else:
+                if row.failure is None:
+                    runs[name, "forward"] = run.forward, run.wait
+                    runs[name, "backward"] = run.backward, run.wait
+    flops = case.flops(SETS)
+    for (name, which), found in time_rounds(runs, rounds, seconds).items():
+        if isinstance(found, Exception):
+            rows[name].failure = f"{which}: {one_line(found)}"
+            continue
+        operations = flops if which == "forward" else 2.5 * flops
+        setattr(rows[name], which, {**found, "tflops": operations / found["ms"] / 1e9})
+    return list(rows.values())
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    try:
+        git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    return {"device": jax.devices()[0].device_kind, "versions": versions, "commit": commit}
+
+
+def benchmark(names: list[str], quick: bool, rounds: int, out: Path | None) -> None:
+    """Measures, prints and writes."""
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    facts = environment()
+    on_cpu = jax.default_backend() != "gpu"
+    shape = QUICK_SHAPE["cpu" if on_cpu else "gpu"]
+    quick_cases = [Case(*shape, documents, mean_document=16) for documents in (False, True)]
+    title = f"Attention on {facts['device']}, jax {facts['versions'].get('jax')}"
+    if on_cpu:
+        title += ": a CPU and interpreted kernels, whose times say NOTHING about any GPU"
+    rows = []
+    for case in quick_cases if quick else CASES:
+        print(f"{case}{' with documents' if case.documents else ''} ...", file=sys.stderr)
+        rows += measure(case, names, rounds, seconds=0.001 if quick else 0.03)
+        compare(rows)
+        table, markdown = tables(rows, title)
+        if out is not None:  # after each case: the next one may bring the process down
+            write = {**facts, "rows": [dataclasses.asdict(row) for row in rows]}
+            out.with_suffix(".json").write_text(json.dumps(write, indent=1) + "\n")
+            out.with_suffix(".md").write_text(markdown)
+    console.print(table)
+    if not on_cpu and (lines := auto_rows(rows, device_chip())):
+        console.print("By these times, rows for AUTO in tinyllama_jax/model/attention.py:")
+        print("\n".join(lines))
+    if out is not None:
+        console.print(f"Written: {out.with_suffix('.json')} and .md")
+
+
+def main(
+    *,
+    tune: bool = False,
+    quick: bool = False,
+    rounds: int = 7,
+    systems: tuple[str, ...] = tuple(SYSTEMS),
+    out: Path | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    head_widths: tuple[int, ...] = (32, 64, 128),
+) -> None:
+    """Time attention, or find the fastest tiles of our kernels.
+
+    Args:
+      tune: Time tiles instead, and write the fastest ones into tinyllama_jax/model/tiles.py.
+      quick: Tiny shapes and 2 rounds, for a look whether it runs; writes no file without `out`.
+      rounds: Turns that each system gets.
+      systems: Which ones; with `tune`, pallas and triton count.
+      out: Where the results go, without suffix; benchmarks/results/DATE-attention-CHIP by default.
+      dtype: Of `tune`.
+      head_widths: Of `tune`.
+    """
+    for name in systems:
+        require(name in SYSTEMS, f"There is no system {name!r}: choose of {', '.join(SYSTEMS)}.")
+    on_gpu = jax.default_backend() == "gpu"
+    require(
+        on_gpu or (quick and not tune),
+        "There is no GPU here: without one there is --quick alone, which times nothing of worth.",
+    )
+    if tune:
+        from tuning import tune_table
+
+        backends = [name for name in systems if name in OURS]
+        table = REPOSITORY / "tinyllama_jax" / "model" / "tiles.py"
+        return tune_table(table, backends, device_chip(), dtype, head_widths, time_rounds, quick)
+    if out is None and not quick:
+        kind = jax.devices()[0].device_kind
+        chip = next((name for name in CHIPS if name in kind), kind.replace(" ", "-"))
+        folder = REPOSITORY / "benchmarks" / "results"
+        out = folder / f"{datetime.date.today()}-attention-{chip}"
+    if out is not None:
+        make_folder(out.parent)
+    benchmark(list(systems), quick, 2 if quick else rounds, out)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(f"benchmarks/attention.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,153 @@
+"""The benchmark of attention runs where there is no GPU, and its search writes a table."""
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tinyllama_jax.model.tiles import TILES, Tile, Tiles, _tiles
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TABLE = Path(__file__).parents[1] / "tinyllama_jax" / "model" / "tiles.py"
+
+
+@pytest.fixture(scope="module")
+def tuning():
+    sys.path.insert(0, str(BENCHMARKS))
+    import tuning
+
+    yield tuning
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(*arguments):
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_quick_on_a_cpu(tmp_path):
+    before = sorted(BENCHMARKS.rglob("*.json"))
+    shown = run("--quick", "--out", str(tmp_path / "found"))
+    assert shown.returncode == 0, shown.stderr
+    assert "NOTHING about any GPU" in shown.stdout
+    assert sorted(BENCHMARKS.rglob("*.json")) == before
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["device"] == "cpu" and found["versions"]["jax"] == jax.__version__
+    assert {"commit", "rows"} <= set(found)
+
+    rows = {(row["system"], row["case"]["documents"]): row for row in found["rows"]}
+    assert len(rows) == 16  # 8 systems
+    for system in ("pallas", "reference"):
+        for documents in (False, True):
+            row = rows[system, documents]
+            assert row["failure"] is None and row["same_bits"] and row["error"] < 1e-2
+            for which in ("forward", "backward"):
+                time = row[which]
+                assert 0 < time["ms_min"] <= time["ms"] <= time["ms_max"]
+                assert time["tflops"] > 0 and time["calls"] > 0
+        assert rows[system, True]["backward"]["over_whole"] > 0
+    # A system that fails is a row with a reason.
+    assert "no tiles for cpu" in rows["triton", False]["failure"]
+    assert rows["triton", False]["forward"] is None
+    if importlib.util.find_spec("torch"):
+        assert rows["torch flash", False]["failure"] is None
+        assert rows["pallas", False]["backward"]["best_peer"] == "torch flash"
+        assert rows["torch flash", True]["failure"] == "takes no documents"
+    table = (tmp_path / "found.md").read_text()
+    assert table.count("| pallas |") == 2 and "no tiles for cpu" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [((), "no GPU here"), (("--tune", "--quick"), "no GPU"), (("--systems", "mine"), "'mine'")],
+)
+def test_what_cannot_be_is_said_in_a_sentence(arguments, complaint):
+    shown = run(*arguments)
+    assert shown.returncode == 2
+    assert complaint in shown.stderr and "Traceback" not in shown.stderr
+
+
+def fake_timer(runs, rounds, seconds):
+    """Tiles of fewer rows are faster; all of them run."""
+    for call, wait in runs.values():
+        wait(call(0))
+    return {tile: {"ms": tile.rows / 32} for tile in runs}
+
+
+def table_of(path) -> dict:
+    """TILES of a copy of tiles.py."""
+    namespace = {"__name__": "copy"}
+    source = path.read_text().replace("@dataclasses.dataclass(frozen=True)\n", "")
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if isinstance(node, ast.Assign)]
+    exec(compile(tree, str(path), "exec"), {**namespace, "_tiles": _tiles}, namespace)
+    return namespace["TILES"]
+
+
+def test_tuning_finds_the_fastest_and_writes_it_over_its_row(tuning, tmp_path, monkeypatch):
+    path = tmp_path / "tiles.py"
+    shutil.copy(TABLE, path)
+    small = tuning.Case(1, 64, 2, 1, 32)
+    choices = [Tile(32, 32, 4, 1), Tile(16, 32, 4, 2)]
+    monkeypatch.setattr(tuning, "tuning_case", lambda dtype, H: small)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: choices)
+    for _ in range(2):  # the second time over what the first one wrote
+        tuning.tune_table(path, ["pallas"], "A100", "bfloat16", [32], fake_timer)
+
+    winner = Tiles(*[choices[1]] * 3)
+    row = ("pallas", "A100", "bfloat16", 32)
+    assert table_of(path) == TILES | {row: winner}
+    comments = re.findall(r"    # \d{4}-.*", path.read_text())
+    assert len(comments) == 1 + len(re.findall(r"    # \d{4}-.*", TABLE.read_text()))
+    assert f"jax {jax.__version__}, {small}: 0.500, 0.500, 0.500 ms" in path.read_text()
+    assert max(map(len, comments)) <= 100
+    ruff = shutil.which("ruff", path=Path(sys.executable).parent)
+    if ruff:
+        subprocess.run([ruff, "format", "--check", "--line-length=100", path], check=True)
+
+
+def test_a_new_row_and_a_long_one_are_written_as_ruff_does(tuning, tmp_path):
+    path = tmp_path / "tiles.py"
+    tiles = Tiles(*[Tile(128, 128, 8, 3, True)] * 3)
+    path.write_text(
+        tuning.rewrite(TABLE.read_text(), ("pallas", "B200", "bfloat16", 128), tiles, "x")
+    )
+    assert table_of(path) == TILES | {("pallas", "B200", "bfloat16", 128): tiles}
+    ruff = shutil.which("ruff", path=Path(sys.executable).parent)
+    if ruff:
+        subprocess.run([ruff, "format", "--check", "--line-length=100", path], check=True)
+
+
+def test_a_kernel_that_is_wrong_never_wins(tuning, monkeypatch):
+    """However fast it is."""
+    from tinyllama_jax.model import pallas_kernels
+
+    honest = pallas_kernels.dq
+
+    def dq(call, *arrays):
+        return honest(call, *arrays) * (2 if call.tiles.dq.rows == 16 else 1)
+
+    monkeypatch.setattr(pallas_kernels, "dq", dq)
+    choices = [Tile(32, 32, 4, 1), Tile(16, 32, 4, 2)]
+    case = tuning.Case(1, 64, 2, 1, 32)
+    tiles, times = tuning.tune("pallas", "A100", "float32", case, lambda _: choices, fake_timer)
+    assert tiles == Tiles(choices[1], choices[1], choices[0])
+    assert times == [0.5, 0.5, 1.0]
+
+
+def test_candidates_hold_what_the_table_has(tuning):
+    """And leave out what could not be fast."""
+    for row, tiles in TILES.items():
+        for kernel in tuning.KERNELS:
+            found = tuning.candidates(kernel, *row)
+            assert getattr(tiles, kernel) in found
+            assert 20 < len(found) < 120
+            if row[3] == 128:  # more than its 4 warps can hold
+                assert not [t for t in found if t.rows == t.columns == 128 and t.warps == 4]
