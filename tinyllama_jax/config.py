@@ -33,7 +33,29 @@ def make_folder(path: Path) -> None:
 
 
 AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]
-"""What computes attention; `model/attention.py` says what each can do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model is computed: speed and memory, and no number but by rounding."""
+
+    attention: AttentionBackend = "auto"
+    """`auto` picks by device: our kernels or cuDNN on a GPU, plain JAX on a CPU."""
+    recompute: Literal["nothing", "elementwise", "layers"] = "nothing"
+    """What the backward pass computes again instead of keeping it: nothing; norms and the SwiGLU
+    product, so that no matrix product runs twice; or all but the input of each layer."""
+    unroll_layers: bool = False
+    """Compile each layer on its own: faster steps, more memory, minutes of compilation."""
+    gather: Literal["step", "layer"] = "step"
+    """When the weights are gathered from all devices: once a step, or layer by layer in each
+    micro-batch, for models whose weights and gradients do not fit a device."""
+
+    def __post_init__(self):
+        require(
+            self.gather == "step" or self.recompute != "nothing",
+            "execution.gather is layer and execution.recompute is nothing, so every gathered "
+            "weight would be kept: recompute elementwise or layers.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +247,10 @@ class Config:
     """The rows of a step are split into this many micro-batches, whose gradients are added."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
-    attention: AttentionBackend = "auto"
-    """`auto` picks by device: our kernels or cuDNN on a GPU, plain JAX on a CPU."""
     seed: int = 0
     log_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()

@@ -10,9 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import AttentionBackend, LlamaConfig
+from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model import llama
-from tinyllama_jax.model.loss import cross_entropy
 from tinyllama_jax.runtime.mesh import batch_sharding, put_batch
 
 Score = Callable[[llama.Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -31,17 +30,14 @@ class Evaluation:
 
 
 def make_score(
-    model: LlamaConfig, mesh: Mesh, dtype, attention_backend: AttentionBackend = "auto"
+    model: LlamaConfig, mesh: Mesh, dtype, execution: ExecutionConfig = ExecutionConfig()
 ) -> Score:
-    """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `cross_entropy` gives them."""
+    """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `llama.loss` gives them."""
 
     def score(weights, tokens_BS, weights_BT):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
-        logits_BTV = llama.apply(
-            model, weights, tokens_BS[:, :-1], attention_backend=attention_backend
-        )
-        return cross_entropy(logits_BTV, tokens_BS[:, 1:], weights_BT)
+        return llama.loss(model, weights, tokens_BS, weights_BT, execution)
 
     rows = batch_sharding(mesh, rows_axis=0)
     return jax.jit(score, in_shardings=(None, rows, rows))

@@ -5,16 +5,26 @@ V vocabulary, L layers. Weights are named and shaped for what they multiply: `qu
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from tinyllama_jax.config import AttentionBackend, LlamaConfig
+from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention
+from tinyllama_jax.model.loss import next_token_loss
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
+Gather = Callable[[str, jax.Array], jax.Array]
+"""What makes a weight whole where the model comes to it: (name, this device's part) -> all of it.
+A weight of a block comes without its layer axis."""
+
+# What a block keeps for its backward pass so that no matrix product runs twice; norms, rotations
+# and the SwiGLU product are computed again from these.
+MATRIX_PRODUCTS = ("query", "key", "value", "attn_o", "attn_lse", "middle", "gate", "up")
 
 
 def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
@@ -72,17 +82,23 @@ class Block(nnx.Module):
             k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...]), *rope)
             v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...])
             o_BTNH = attention(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, backend=attention_backend
+                checkpoint_name(q_BTNH, "query"),
+                checkpoint_name(k_BTKH, "key"),
+                checkpoint_name(v_BTKH, "value"),
+                segment_ids=segment_ids_BT,
+                backend=attention_backend,
             )
             x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.output_NHD[...])
+            x_BTD = checkpoint_name(x_BTD, "middle")
         with jax.named_scope("swiglu"):
             h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)
-            hidden_BTF = jax.nn.silu(h_BTD @ self.gate_DF[...]) * (h_BTD @ self.up_DF[...])
-            return x_BTD + hidden_BTF @ self.down_FD[...]
+            gate_BTF = checkpoint_name(h_BTD @ self.gate_DF[...], "gate")
+            up_BTF = checkpoint_name(h_BTD @ self.up_DF[...], "up")
+            return x_BTD + (jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD[...]
 
 
 class Llama(nnx.Module):
-    """Tokens to logits. The blocks are one `Block` whose weights carry a leading layer axis."""
+    """The blocks are one `Block` whose weights carry a leading layer axis."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -96,23 +112,35 @@ class Llama(nnx.Module):
         self.norm_D = nnx.Param(jnp.ones(D))
         self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
 
-    def __call__(self, tokens_BT, segment_ids_BT, attention_backend):
-        """Logits (B, T, V) in the dtype of the weights, for any T up to what memory holds."""
+    def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
+        """What the head multiplies, (B, T, D)."""
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         rope = rope_tables(positions_BT, self.config)
-        x_BTD = self.embedding_VD[...][tokens_BT]
+        x_BTD = gather("embedding_VD", self.embedding_VD[...])[tokens_BT]
 
         # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
         block_definition, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD, weights):
+            weights = {name: gather(f"blocks.{name}", w) for name, w in weights.items()}
             block = nnx.merge(block_definition, weights)
-            return block(x_BTD, rope, segment_ids_BT, attention_backend), None
+            return block(x_BTD, rope, segment_ids_BT, execution.attention)
 
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
-        with jax.named_scope("head"):
-            x_BTD = rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps)
-            return x_BTD @ self.head_DV[...]
+        if execution.recompute != "nothing":
+            kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            # A scan keeps apart what is computed twice; without one the compiler would undo it.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=execution.unroll_layers)
+
+        stacked = nnx.to_pure_dict(stacked)
+        if execution.unroll_layers:
+            # Cut at once: one slice a layer would add up as many gradients of all layers.
+            unstacked = {name: jnp.unstack(w_L) for name, w_L in stacked.items()}
+            for index in range(self.config.layers):
+                x_BTD = layer(x_BTD, {name: w_L[index] for name, w_L in unstacked.items()})
+        else:
+            x_BTD, _ = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)
+        return rms_norm(x_BTD, gather("norm_D", self.norm_D[...]), self.config.norm_eps)
 
 
 def init_std(config: LlamaConfig) -> float:
@@ -140,16 +168,56 @@ def apply(
     weights: Weights,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
-    attention_backend: AttentionBackend = "auto",
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> jax.Array:
-    """Logits (B, T, V) of the model with these weights.
+    """Logits (B, T, V) of the model with these weights, in their dtype.
 
     Args:
       config: the model.
       weights: as `init_weights` gives them, in the dtype to compute in.
-      tokens_BT: ids in [0, V); JAX clamps what lies outside, so check them on the host.
+      tokens_BT: ids in [0, V), T up to what memory holds; JAX clamps ids that lie outside, so check
+        them on the host.
       segment_ids_BT: documents of a packed row; a token sees its own document alone.
-      attention_backend: as `attention` takes it.
+      execution: how.
     """
+    llama = _merged(config, weights)
+    x_BTD = llama.hidden(tokens_BT, segment_ids_BT, execution, _whole)
+    with jax.named_scope("head"):
+        return x_BTD @ weights["head_DV"]
+
+
+def loss(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens_BS: jax.Array,
+    weights_BT: jax.Array,
+    execution: ExecutionConfig = ExecutionConfig(),
+    gather: Gather | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of next-token losses and of their weights, without the logits ever standing in memory.
+
+    Args:
+      config: the model.
+      weights: in the dtype to compute in.
+      tokens_BS: rows of S = T + 1 tokens.
+      weights_BT: fp32, how much the target tokens_BS[:, 1:] counts.
+      execution: how.
+      gather: makes a weight whole where `weights` are the parts of a device; by default they are.
+
+    Returns:
+      As `next_token_loss`.
+    """
+    gather = gather or _whole
+    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, gather)
+    with jax.named_scope("head"):
+        head_DV = gather("head_DV", weights["head_DV"])
+        return next_token_loss(x_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+
+
+def _merged(config: LlamaConfig, weights: Weights) -> Llama:
     definition = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(definition, weights)(tokens_BT, segment_ids_BT, attention_backend)
+    return nnx.merge(definition, weights)
+
+
+def _whole(name: str, weight: jax.Array) -> jax.Array:
+    return weight

@@ -1,18 +1,106 @@
-"""The training loss."""
+"""The training loss: the head's product and its cross-entropy in one, a chunk of tokens at a time.
+
+Shapes: B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
+"""
 
 import jax
 import jax.numpy as jnp
 
+CHUNK_LOGITS = 2**26  # logits alive at once: 128 MiB in bf16
 
-def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+
+def next_token_loss(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of weighted next-token losses in nats, and of the weights, in fp32.
 
     Sums and not a mean, so that micro-batches and devices add up exactly: the loss is their
     quotient, taken once. Targets of weight 0 count for nothing.
+
+    Logits are rounded to the dtype of the weights, as the model gives them; all else is fp32.
+
+    Args:
+      x_BTD: what the head multiplies, after the last norm.
+      head_DV: the head.
+      targets_BT: ids of the next tokens.
+      weights_BT: fp32, how much each target counts.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-    return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
+    return _loss_sum(x_BTD, head_DV, targets_BT, weights_BT), jnp.sum(weights_BT)
+
+
+@jax.custom_vjp
+def _loss_sum(x_BTD, head_DV, targets_BT, weights_BT):
+    def chunk(loss, inputs):
+        x_BCD, targets_BC, weights_BC = inputs
+        losses_BC, _, _ = _losses(x_BCD @ head_DV, targets_BC)
+        return loss + jnp.sum(losses_BC * weights_BC), None
+
+    chunks = _chunks(head_DV, x_BTD, targets_BT, weights_BT)
+    return jax.lax.scan(chunk, jnp.zeros(()), chunks)[0]
+
+
+def _forward(x_BTD, head_DV, targets_BT, weights_BT):
+    """The loss together with its gradients, while each chunk's logits are there anyway.
+
+    Logits are computed once and never kept; a backward pass would have to compute them again.
+    """
+
+    def chunk(sums, inputs):
+        loss, dhead_DV = sums
+        x_BCD, targets_BC, weights_BC = inputs
+        losses_BC, logits_BCV, lse_BC = _losses(x_BCD @ head_DV, targets_BC)
+        probabilities_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+        is_target_BCV = targets_BC[..., None] == jnp.arange(head_DV.shape[1])
+        dlogits_BCV = (probabilities_BCV - is_target_BCV) * weights_BC[..., None]
+        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dx_BCD = dlogits_BCV @ head_DV.T
+        dhead_DV += jnp.einsum(
+            "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
+        )
+        return (loss + jnp.sum(losses_BC * weights_BC), dhead_DV), (dx_BCD, losses_BC)
+
+    sums = jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32)
+    chunks = _chunks(head_DV, x_BTD, targets_BT, weights_BT)
+    (loss, dhead_DV), (dx, losses) = jax.lax.scan(chunk, sums, chunks)
+    residuals = (_joined(dx), dhead_DV.astype(head_DV.dtype), _joined(losses))
+    return loss, residuals
+
+
+def _backward(residuals, dloss):
+    dx_BTD, dhead_DV, losses_BT = residuals
+
+    def scaled(x):
+        return (x * dloss).astype(x.dtype)
+
+    return scaled(dx_BTD), scaled(dhead_DV), None, scaled(losses_BT)
+
+
+_loss_sum.defvjp(_forward, _backward)
+
+
+def _losses(logits_BCV, targets_BC):
+    logits_BCV = logits_BCV.astype(jnp.float32)
+    target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    return lse_BC - target_logits_BC, logits_BCV, lse_BC
+
+
+def _chunks(head_DV, *arrays_BT):
+    """The arrays cut along T into as few chunks as `CHUNK_LOGITS` asks for, (chunks, B, C, ...).
+
+    Along T, because B may be split over devices.
+    """
+    B, T = arrays_BT[0].shape[:2]
+    most = max(1, CHUNK_LOGITS // (B * head_DV.shape[1]))
+    tokens = next(size for size in range(min(most, T), 0, -1) if T % size == 0)
+
+    def cut(x_BT):
+        return jnp.moveaxis(x_BT.reshape(B, T // tokens, tokens, *x_BT.shape[2:]), 1, 0)
+
+    return tuple(map(cut, arrays_BT))
+
+
+def _joined(x):
+    """Chunks (chunks, B, C, ...) as (B, T, ...)."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -116,6 +116,16 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
+def gather_axis(name: str, ndim: int) -> int:
+    """The axis of a weight that is split over `fsdp`; of a block's weight with or without layers.
+
+    Raises:
+      KeyError: the weight has no row in `WEIGHT_AXES`.
+    """
+    axes = WEIGHT_AXES[name][-ndim:]
+    return [MESH_AXES[axis] for axis in axes].index("fsdp")
+
+
 def batch_sharding(mesh: Mesh, rows_axis: int) -> NamedSharding:
     """Rows, which stand on axis `rows_axis`, split over all devices."""
     return NamedSharding(mesh, P(*(None,) * rows_axis, BATCH_AXES))

@@ -109,7 +109,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config)
-        score = evaluate.make_score(config.model, mesh, dtype, config.attention)
+        score = evaluate.make_score(config.model, mesh, dtype, config.execution)
         count_bytes = ByteCounter(tokenizer)
         micro_rows = config.batch_rows // config.micro_batches
 
