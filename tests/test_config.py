@@ -56,6 +56,7 @@ def test_a_model_that_cannot_be_is_refused(fields, words):
         ({"batch_rows": 10, "micro_batches": 4}, "not divisible by micro_batches"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2, "optimizer": OptimizerConfig(warmup_steps=2)}, "warm-up"),
+        ({"optimizer": OptimizerConfig("wsd", decay_steps=7001)}, "shorten the decay"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(fields, words):
@@ -69,6 +70,9 @@ def test_a_run_that_cannot_be_is_refused(fields, words):
     [
         (lambda: OptimizerConfig(peak_lr=1e-4, end_lr=1e-3), "end_lr"),
         (lambda: OptimizerConfig(beta2=1.0), "beta2"),
+        (lambda: OptimizerConfig("wsd"), "wsd needs a number above 0"),
+        (lambda: OptimizerConfig("wsd", decay_steps=-1), "wsd needs a number above 0"),
+        (lambda: OptimizerConfig("linear", decay_steps=5), "other schedules take none"),
         (lambda: configs.SourceConfig("a", "b", math.nan), "weight"),
         (lambda: configs.SourceConfig("a", "b", 0.0), "weight"),
         (lambda: DataConfig((configs.SourceConfig("a", "b"),) * 2), "share a name"),

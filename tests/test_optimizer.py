@@ -1,4 +1,6 @@
-"""AdamW, the schedule and what decays."""
+"""AdamW, the schedules and what decays."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,49 @@ PUBLISHED = {
 def test_the_learning_rate_is_the_originals(step, lr):
     schedule = make_schedule(OptimizerConfig(), STEPS)
     assert float(schedule(step)) == pytest.approx(lr[0], abs=lr[1] + 1e-10)
+
+
+def by_hand(config, steps, step):
+    """The learning rate in closed form, in Python's floats."""
+    peak, end, warmup = config.peak_lr, config.end_lr, config.warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    decay_from = steps - config.decay_steps if config.schedule == "wsd" else warmup
+    done = min(max(step - decay_from, 0) / (steps - decay_from), 1)
+    if config.schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return peak + (end - peak) * done
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2000])
+@pytest.mark.parametrize(("schedule", "decay"), [("cosine", 0), ("linear", 0), ("wsd", 143_051)])
+def test_every_schedule_is_its_closed_form_at_many_steps(schedule, decay, warmup):
+    config = OptimizerConfig(schedule, 7e-4, 3e-5, warmup, decay)
+    corners = [0, 1, warmup - 1, warmup, warmup + 1, STEPS - decay - 1, STEPS - decay]
+    corners += [STEPS - decay + 1, STEPS - 1, STEPS, STEPS + 9]
+    steps = np.array([*(c for c in corners if c >= 0), *range(0, STEPS, 4_999)])
+    found = jax.vmap(make_schedule(config, STEPS))(jnp.asarray(steps, jnp.int32))
+    wanted = [by_hand(config, STEPS, int(step)) for step in steps]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-10)
+
+
+def test_the_three_schedules_differ_where_they_should():
+    """The closed form above, at points whose values are plain to see."""
+    rates = {}
+    for schedule, decay in [("cosine", 0), ("linear", 0), ("wsd", 20)]:
+        config = OptimizerConfig(schedule, 1.0, 0.2, 10, decay)
+        rates[schedule] = [float(make_schedule(config, 110)(step)) for step in (5, 60, 90, 100)]
+    assert rates["linear"] == pytest.approx([0.5, 0.6, 0.36, 0.28])
+    assert rates["wsd"] == pytest.approx([0.5, 1.0, 1.0, 0.6])
+    assert rates["cosine"][:2] == pytest.approx([0.5, 0.6])
+    assert rates["cosine"][2] < 0.36 and rates["cosine"][3] < 0.28
+
+
+def test_a_decay_of_every_step_after_the_warm_up_is_the_line():
+    line = make_schedule(OptimizerConfig("linear", warmup_steps=10), 100)
+    wsd = make_schedule(OptimizerConfig("wsd", warmup_steps=10, decay_steps=90), 100)
+    for step in range(101):
+        assert float(wsd(step)) == float(line(step))
 
 
 @pytest.mark.parametrize("matrices_only", [False, True])

@@ -154,11 +154,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and clipping by global norm."""
+    """AdamW with clipping by global norm, and its learning rate."""
 
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """From `peak_lr` after the warm-up to `end_lr` at the last step, by a cosine or a line; `wsd`
+    stays at the peak until the last `decay_steps` and takes the line then."""
     peak_lr: float = 4e-4
     end_lr: float = 4e-5
     warmup_steps: int = 2000
+    decay_steps: int = 0
+    """Of `wsd`: how many of the last steps decay. The others decay from the warm-up to the end."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -174,6 +179,11 @@ class OptimizerConfig:
             f"optimizer.peak_lr ({self.peak_lr}).",
         )
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
+        require(
+            (self.decay_steps > 0) == (self.schedule == "wsd") and self.decay_steps >= 0,
+            f"optimizer.decay_steps is {self.decay_steps} and optimizer.schedule {self.schedule}: "
+            "wsd needs a number above 0, and the other schedules take none.",
+        )
         require(self.clip_norm > 0, "optimizer.clip_norm must be above 0.")
         # A weight whose gradient was always 0, as of a token never seen, would be 0 / 0 without it.
         require(self.eps > 0, "optimizer.eps must be above 0.")
@@ -272,10 +282,16 @@ class Config:
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be fewer than steps "
             f"({self.steps}): shorten the warm-up with --optimizer.warmup-steps.",
         )
+        require(
+            self.optimizer.warmup_steps + self.optimizer.decay_steps <= self.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) and optimizer.decay_steps "
+            f"({self.optimizer.decay_steps}) are more than steps ({self.steps}): shorten the decay "
+            "with --optimizer.decay-steps.",
+        )
 
 
 # What a run may change when it goes on. All else decides the numbers it has already made; `steps`
-# decides only those to come, by a longer or shorter cosine.
+# decides only those to come, by a longer or shorter decay.
 CHANGEABLE = ("run_folder", "steps", "log_every", "checkpoint", "validation", "sample")
 
 

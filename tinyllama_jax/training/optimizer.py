@@ -11,12 +11,22 @@ NORM_GAINS = ("blocks.attention_norm_D", "blocks.swiglu_norm_D", "norm_D")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates made: linear warm-up from 0, then cosine to `end_lr`.
+    """Learning rate by number of updates made: linear warm-up from 0, then down to `end_lr`.
 
-    The cosine ends at `steps`, warm-up included (Loshchilov and Hutter 2017, equation 5).
+    Every schedule ends at `steps`, warm-up included: the cosine (Loshchilov and Hutter 2017,
+    equation 5), the line, and warm-up, stable, decay (Hu et al. 2024, section 4).
     """
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.peak_lr, config.warmup_steps, decay_steps=steps, end_value=config.end_lr
+    peak, end, warmup = config.peak_lr, config.end_lr, config.warmup_steps
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+    decay_from = steps - config.decay_steps if config.schedule == "wsd" else warmup
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, end, steps - decay_from),
+        ],
+        boundaries=[warmup, decay_from],
     )
 
 
