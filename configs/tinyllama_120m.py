@@ -1,0 +1,40 @@
+"""TinyLlama 120M, the small sibling, on a hundredth of the 3T run's tokens.
+
+Run:     tinyllama train configs/tinyllama_120m.py
+Reads:   data/slimpajama and data/starcoder, as configs/tinyllama_1b.py does
+Expect:  14,305 steps of 2,097,152 tokens, 3.0000e10 in all. The model's sizes are the original's
+         (121,129,728 parameters); it published no 120M run, so the length is this project's choice,
+         and the recipe is the 3T run's value taken over. No score was measured.
+"""
+
+from tinyllama_jax.config import (
+    TINYLLAMA_120M,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    SampleConfig,
+    SourceConfig,
+    ValidationConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        run_folder="runs/tinyllama_120m",
+        model=TINYLLAMA_120M,
+        data=DataConfig(
+            sources=(
+                SourceConfig("slimpajama", "data/slimpajama", 0.693584),
+                SourceConfig("starcoder", "data/starcoder", 0.306416),
+            ),
+            tokenizer="data/llama2/tokenizer.model",
+        ),
+        steps=14_305,
+        batch_rows=1024,
+        micro_batches=32,  # of 32 rows: 32 on one GPU, 4 on each of 8
+        optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
+        checkpoint=CheckpointConfig(every=500, permanent_every=5000),
+        validation=ValidationConfig(every=1000),
+        sample=SampleConfig(every=1000),
+    )
