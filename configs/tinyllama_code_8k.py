@@ -2,6 +2,8 @@
 
 Run:     python launch/a100_16.py configs/tinyllama_code_8k.py
          (the same options as: tinyllama train configs/tinyllama_code_8k.py)
+         after configs/tinyllama_1b.py, whose newest weights it begins with; from the released
+         ones, give a Hugging Face folder in one file: --init-from data/TinyLlama-1.1B-3T
 Reads:   data/starcoder, written by `tinyllama prepare`; the records of the 3T run serve
          any context, so nothing is prepared again
 Expect:  5,000 steps of 2,097,152 tokens, 1.0486e10 in all. Model, context and RoPE factor are the
@@ -30,6 +32,7 @@ def get_config() -> Config:
             sources=(SourceConfig("starcoder", "data/starcoder"),),
             tokenizer="data/llama2/tokenizer.model",
         ),
+        init_from="runs/tinyllama_1b",
         steps=5000,
         batch_rows=256,  # as many tokens as 1,024 rows of 2,048
         micro_batches=8,  # of 32 rows: 2 on each of 16 GPUs, as many tokens as 8 of 2,048

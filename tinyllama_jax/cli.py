@@ -151,7 +151,7 @@ def generate(
         (prompt is None) != (not prompt_ids),
         "Give either --prompt TEXT or --prompt-ids 1 5 9.",
     )
-    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+    if huggingface.is_hf_folder(path):
         config, weights = huggingface.load(path)
     else:
         config, weights = open_run(path, None)
@@ -182,19 +182,11 @@ def open_run(run: Path, step: int | None):
     import jax
 
     from tinyllama_jax.model.llama import abstract_weights
-    from tinyllama_jax.runtime.checkpoint import Checkpoints
+    from tinyllama_jax.runtime.checkpoint import open_checkpoint
     from tinyllama_jax.runtime.mesh import make_mesh, shardings
 
     config = model_of_run(run)
-    require((run / "checkpoints").is_dir(), f"{run} has no checkpoint yet: let it train on.")
-    checkpoints = Checkpoints(run)
-    if step is None:
-        newest = checkpoints.newest()
-        if newest is None:
-            raise UserError(f"{run} has no checkpoint yet: let it train on.")
-        step = newest[0]
-    else:
-        checkpoints.require_whole(step)
+    checkpoints, step = open_checkpoint(run, step)
     weights = abstract_weights(config)
     weights = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -257,6 +257,9 @@ class Config:
     """The rows of a step are split into this many micro-batches, whose gradients are added."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
+    init_from: str | None = None
+    """Begin with the weights of `RUN[@STEP]` (newest checkpoint by default) or of a Hugging Face
+    Llama folder, and all else fresh. Context and RoPE factor may differ from theirs."""
     seed: int = 0
     log_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig()

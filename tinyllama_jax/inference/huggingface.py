@@ -284,6 +284,12 @@ def config_from_hf(path: Path) -> LlamaConfig:
         ) from error
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a model as transformers saves it, in one file or in several."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def load(folder: Path) -> tuple[LlamaConfig, Weights]:
     """Reads a Llama 2 that transformers or `export` saved.
 

@@ -67,6 +67,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
+    """A run's checkpoints for reading, and `step` or the newest that is whole.
+
+    Raises:
+      UserError: no checkpoint yet, none of this step, or a damaged one.
+    """
+    nothing = f"{run} has no checkpoint yet: let it train on."
+    require((run / "checkpoints").is_dir(), nothing)
+    checkpoints = Checkpoints(run)
+    if step is None:
+        newest = checkpoints.newest()
+        if newest is None:
+            raise UserError(nothing)
+        return checkpoints, newest[0]
+    checkpoints.require_whole(step)
+    return checkpoints, step
+
+
 class Checkpoints:
     """The checkpoints of one run, newest by number."""
 
@@ -184,6 +202,11 @@ class Checkpoints:
             f"{self.steps()}.",
         )
 
+    def sha256(self, step: int, item: str) -> str:
+        """One hash over the files of an item."""
+        hashes = json.dumps(_hashes(self.folder / str(step), item), sort_keys=True)
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint, onto whatever shardings the abstract state has.
 
@@ -269,9 +292,9 @@ class Checkpoints:
         return f"{wrong[0]} is not what was written" if wrong else None
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _hashes(folder: Path, item: str = ".") -> dict[str, str]:
     hashes = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted((folder / item).rglob("*")):
         if path.is_file() and path.parent != folder:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,7 @@ from tinyllama_jax.inference import evaluate
 from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked, write_aside
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
+from tinyllama_jax.training import warm_start
 from tinyllama_jax.training.flops import mfu
 from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
 from tinyllama_jax.training.step import (
@@ -90,16 +91,17 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     )
     fingerprint = mixture.fingerprint(config.data, config.model.context, config.seed)
     folder = Path(config.run_folder)
+    source = warm_start.find_source(config)
 
     with locked(folder), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder, config.checkpoint)
         stack.callback(checkpoints.close)
-        state = _start(config, mesh, checkpoints, fingerprint)
+        state, origin = _start(config, mesh, checkpoints, fingerprint, source)
         first_step = int(state["step"])
         if first_step > config.steps:
             print(f"{folder} is at step {first_step}, past the {config.steps} steps asked for.")
             return True
-        _describe_run(folder, config, mesh)
+        _describe_run(folder, config, mesh, origin)
 
         metrics = Metrics(folder, first_step)
         stack.callback(metrics.close)
@@ -145,7 +147,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         def save(step: int) -> None:
             rows = step * config.batch_rows
             values = {"rows": rows, "fingerprint": fingerprint, "config": to_json(config)}
-            checkpoints.save(state, values)
+            checkpoints.save(state, values | {"origin": origin})
 
         rows = mixture.batches(
             train_rows,
@@ -207,11 +209,20 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         return True
 
 
-def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: dict) -> State:
-    """The state of the newest checkpoint, or a fresh one; refuses a run of another config."""
+def _start(
+    config: Config,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    fingerprint: dict,
+    source: warm_start.Source | None,
+) -> tuple[State, dict | None]:
+    """The state of the newest checkpoint, of `source` or a fresh one, and whose weights it began
+    with; refuses a run of another config."""
     newest = checkpoints.newest()
+    if newest is None and source is not None:
+        return source.state(config, mesh), source.origin
     if newest is None:
-        return init_state(config, mesh)
+        return init_state(config, mesh), None
     step, values = newest
     changed = differences(values["config"], to_json(config))
     require(
@@ -226,10 +237,10 @@ def _start(config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprint: di
     )
     if (before := values["config"]["steps"]) != config.steps > step:
         print(f"steps: {before} -> {config.steps}: the new learning rates hold from step {step}.")
-    return checkpoints.restore(step, abstract_state(config, mesh))
+    return checkpoints.restore(step, abstract_state(config, mesh)), values["origin"]
 
 
-def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
+def _describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict | None) -> None:
     """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
     packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
     commit = None
@@ -243,6 +254,7 @@ def _describe_run(folder: Path, config: Config, mesh: Mesh) -> None:
         "mesh": dict(mesh.shape),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "commit": commit,
+        "began_with": origin,
     }
     write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
