@@ -124,7 +124,7 @@ picture = display(figure, display_id=True)
 # %%
 mesh = make_mesh(devices=jax.devices()[:1])
 batches = mixture.batches(
-    [train_rows], [1.0], seed=0, start=0, micro_batches=1, rows=config.batch_rows
+    [train_rows], mixture.Mixture([1.0]), seed=0, start=0, micro_batches=1, rows=config.batch_rows
 )
 some_rows = [held_out_rows[i] for i in range(64)]
 losses, held_out = {}, {}

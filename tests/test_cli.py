@@ -54,7 +54,7 @@ def test_help_names_every_verb(capsys):
         (["--batch-rows", "20"], "divisible by the 8 devices"),
         (["--data.tokenizer", "none.model"], "no tokenizer"),
         (["--data.sources.0.path", "nowhere"], "no dataset"),
-        (["--data.sources.0.weight", "0"], "weight"),
+        (["--data.sources.0.weight", "0"], "'prose' has weight 0 throughout"),
         (["--model.vocab-size", "500"], "make them equal"),
         (["--model.context", "100"], "must divide"),
         (["--sample.prompts", ""], "has 0 tokens"),

@@ -14,6 +14,8 @@ from tinyllama_jax.config import (
     DataConfig,
     LlamaConfig,
     OptimizerConfig,
+    SourceConfig,
+    StageConfig,
     UserError,
     differences,
     load_config,
@@ -28,6 +30,10 @@ PRESETS = {
     "TINYLLAMA_CODE_8K": 1_100_048_384,
     "TINYLLAMA_120M": 121_129_728,
 }
+
+
+def staged(*stages):
+    return DataConfig((SourceConfig("a", "x", 1.0), SourceConfig("b", "y", 0.0)), stages)
 
 
 @pytest.mark.parametrize(("name", "count"), PRESETS.items())
@@ -73,8 +79,20 @@ def test_a_run_that_cannot_be_is_refused(fields, words):
         (lambda: OptimizerConfig("wsd"), "wsd needs a number above 0"),
         (lambda: OptimizerConfig("wsd", decay_steps=-1), "wsd needs a number above 0"),
         (lambda: OptimizerConfig("linear", decay_steps=5), "other schedules take none"),
-        (lambda: configs.SourceConfig("a", "b", math.nan), "weight"),
-        (lambda: configs.SourceConfig("a", "b", 0.0), "weight"),
+        (lambda: DataConfig((configs.SourceConfig("a", "b", math.nan),)), "weights"),
+        (lambda: DataConfig((configs.SourceConfig("a", "b", -1.0),)), "weights"),
+        (lambda: DataConfig((configs.SourceConfig("a", "b", 0.0),)), "weights"),
+        (lambda: staged(), "'b' has weight 0 throughout"),
+        (lambda: staged(StageConfig(8, (1.0, 0.0))), "'b' has weight 0 throughout"),
+        (lambda: staged(StageConfig(8, (1.0,))), "1 weights for 2 sources"),
+        (lambda: staged(StageConfig(8, (0.0, 0.0))), "one of them above 0"),
+        (lambda: staged(StageConfig(8, (1.0, math.inf))), "one of them above 0"),
+        (lambda: staged(StageConfig(0, (0.0, 1.0))), "must start after token 0"),
+        (lambda: staged(StageConfig(8, (0.0, 1.0), ramp_tokens=-1)), "with a ramp of -1"),
+        (
+            lambda: staged(StageConfig(8, (0.0, 1.0), 4), StageConfig(11, (1.0, 1.0))),
+            "stages.1 starts at 11 .*end at 12",
+        ),
         (lambda: DataConfig((configs.SourceConfig("a", "b"),) * 2), "share a name"),
         (lambda: configs.CheckpointConfig(every=4, permanent_every=6), "multiple"),
         (lambda: configs.SampleConfig(temperature=-1.0), "temperature"),

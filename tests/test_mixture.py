@@ -1,7 +1,11 @@
 """The order of training."""
 
+import dataclasses
 import itertools
+import math
 import shutil
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,8 +13,16 @@ from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllama_jax.config import UserError
-from tinyllama_jax.data.mixture import Mixture, Rows, batches, ledger
+from tinyllama_jax.config import DataConfig, SourceConfig, StageConfig, UserError
+from tinyllama_jax.data.mixture import (
+    Mixture,
+    Rows,
+    _floor,
+    batches,
+    fingerprint,
+    ledger,
+    make_mixture,
+)
 
 
 class Numbers:
@@ -32,10 +44,11 @@ class Numbers:
 
 
 SOURCES = [Numbers(50, 0), Numbers(20, 1000)]
+SEVENTY_TO_THIRTY = Mixture((0.7, 0.3))
 
 
-def read(rows, start=0, seed=0, per_batch=4, micro_batches=2, **process):
-    found = batches(SOURCES, (0.7, 0.3), seed=seed, start=start, micro_batches=micro_batches,
+def read(rows, start=0, seed=0, per_batch=4, micro_batches=2, mixture=SEVENTY_TO_THIRTY, **process):
+    found = batches(SOURCES, mixture, seed=seed, start=start, micro_batches=micro_batches,
                     rows=per_batch // micro_batches, **process)  # fmt: skip
     share = per_batch // process.get("processes", 1)
     return [batch for batch in itertools.islice(found, rows // per_batch)], share
@@ -108,8 +121,145 @@ def test_a_far_position_is_reached_at_once():
     assert flat(4, start=10**12).shape == (4,)
 
 
+@st.composite
+def staged_weights(draw, sources):
+    """(weights, stages) of mixtures whose sources come and go, at once or by ramps."""
+    weight = st.sampled_from([0, 0, 1, 2, 3.5, 0.693584, 10])
+    weights = st.tuples(*[weight] * sources).filter(any)
+    stages, start = [], 0
+    for _ in range(draw(st.integers(0, 4))):
+        start += draw(st.integers(0, 40))
+        ramp = draw(st.sampled_from([0, 1, 2, 7, 60]))
+        stages.append((start, ramp, draw(weights)))
+        start += ramp
+    return draw(weights), stages
+
+
+def shares_at(weights, stages, row):
+    """The share of each source at a row's beginning and end, step by step as stages are defined."""
+    norm = [Fraction(str(weight)) / sum(map(Fraction, map(str, weights))) for weight in weights]
+    first = last = norm
+    for start, ramp, new in stages:
+        new = [Fraction(str(weight)) / sum(map(Fraction, map(str, new))) for weight in new]
+        if row >= start + ramp:
+            first = last = new
+        elif row >= start:
+            at = [Fraction(row + side - start, ramp) for side in (0, 1)]
+            first, last = (
+                [a + (b - a) * done for a, b in zip(first, new, strict=True)] for done in at
+            )
+            break
+    return first, last
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 4).flatmap(staged_weights))
+def test_stages_are_what_a_walk_row_by_row_finds(drawn):
+    weights, stages = drawn
+    mixture, sources = Mixture(weights, stages), len(weights)
+    ideal, counts = [Fraction(0)] * sources, [0] * sources
+    off = []
+    for row in range(200):
+        assert mixture.counts(row) == counts
+        # A share is linear over a row, so what it adds is the mean of its ends.
+        first, last = shares_at(weights, stages, row)
+        source, index = mixture.locate(row)
+        assert index == counts[source]
+        assert first[source] > 0 or last[source] > 0, "a source of weight 0 was read"
+        counts[source] += 1
+        ideal = [x + (a + b) / 2 for x, a, b in zip(ideal, first, last, strict=True)]
+        off.append([count - x for count, x in zip(counts, ideal, strict=True)])
+        assert counts[0] == math.floor(ideal[0] + Fraction(1, 2))
+    low, high = np.min(off, axis=0), np.max(off, axis=0)
+    if sources <= 2:
+        assert all(b - a <= 1 for a, b in zip(low, high, strict=True)), "not any rows in a row"
+    else:
+        stretches = 1 + sum(1 + (ramp > 0) for _, ramp, _ in stages)
+        assert max(map(abs, [*low, *high])) <= sources * stretches
+
+
+@given(
+    st.fractions(-50, 50, max_denominator=40),
+    st.fractions(-9, 9, max_denominator=40),
+    st.fractions(0, 99, max_denominator=40),
+)
+def test_the_floor_of_a_root_is_exact(p, q, radicand):
+    found = _floor(p, q, radicand)
+
+    def reached(bound):
+        """p + q sqrt(radicand) >= bound, without a root."""
+        left, square = bound - p, q * q * radicand
+        return left <= 0 or left**2 <= square if q >= 0 else left <= 0 and left**2 >= square
+
+    assert reached(found) and not reached(found + 1)
+
+
+V1_1_TOKENS = [1_500_000_000_000, 6_000_000_000]
+
+
+def v1_1_mixture(context=2048):
+    names = ("slimpajama", "starcoder", "proofpile")
+    sources = [SourceConfig(name, name, float(name == names[0])) for name in names]
+    stage = StageConfig(V1_1_TOKENS[0], (75, 15, 10), V1_1_TOKENS[1])
+    return make_mixture(DataConfig(tuple(sources), (stage,)), context)
+
+
+def test_a_trillion_tokens_of_stages_are_exact_and_reached_at_once():
+    mixture, first = v1_1_mixture(), 732_421_875  # 1.5e12 / 2,048
+    end = (V1_1_TOKENS[0] + V1_1_TOKENS[1]) // 2048
+    assert mixture.counts(first) == [first, 0, 0]
+    # A ramp from 100 to 75 has a mean of 87.5.
+    slimpajama, starcoder, proofpile = mixture.counts(end)
+    assert abs(slimpajama - first - 0.875 * (end - first)) <= 1
+    assert abs(starcoder - 0.075 * (end - first)) <= 1
+    assert abs(proofpile - 0.05 * (end - first)) <= 1
+    far = mixture.counts(976_562_500)  # 2e12 / 2,048
+    for source, share in enumerate((0.75, 0.15, 0.1)):
+        added = far[source] - (slimpajama, starcoder, proofpile)[source]
+        assert abs(added - share * (976_562_500 - end)) <= 1
+    for row in (first - 1, first, first + 1_000_003, end - 1, end, 1_400_000_000):
+        source, index = mixture.locate(row)
+        assert index == mixture.counts(row)[source] == mixture.counts(row + 1)[source] - 1
+    start = time.perf_counter()
+    for row in range(first + 1_000_000, first + 1_001_000):
+        mixture.locate(row)
+    assert time.perf_counter() - start < 1  # a walk would take hours
+
+
+def test_a_context_that_cuts_a_stage_gives_it_the_whole_row():
+    mixture = v1_1_mixture(context=8192)
+    first = V1_1_TOKENS[0] // 8192
+    assert mixture.counts(first + 10**9)[0] < first + 10**9
+    assert mixture.counts(first) == [first, 0, 0]
+    stage = StageConfig(130, (0.0, 1.0))
+    sources = (SourceConfig("a", "a"), SourceConfig("b", "b", 0.0))
+    mixture = make_mixture(DataConfig(sources, (stage,)), 64)
+    assert [mixture.locate(row) for row in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_the_real_stream_follows_its_stages():
+    mixture = Mixture((1, 0), [(100, 200, (0.25, 0.75)), (500, 0, (0, 1))])
+    prose = flat(600, mixture=mixture) < 1000
+    assert prose[:100].all() and not prose[500:].any()
+    assert np.count_nonzero(prose[100:300]) == 125  # the mean of 1 and 1/4 of 200 rows
+    assert np.count_nonzero(prose[300:500]) == 50
+    for start in (96, 200, 496):
+        np.testing.assert_array_equal(
+            flat(600 - start, start=start, mixture=mixture) < 1000, prose[start:]
+        )
+
+
+def test_the_fingerprint_knows_the_stages(data):
+    plain = fingerprint(data, 64, 0)
+    found = [
+        fingerprint(dataclasses.replace(data, stages=(StageConfig(640, (0.5, 0.5), ramp),)), 64, 0)
+        for ramp in (0, 64)
+    ]
+    assert plain != found[0] != found[1] != plain
+
+
 def test_the_ledger_counts_tokens_and_epochs():
-    found = ledger(["prose", "code"], (0.7, 0.3), SOURCES, 100)
+    found = ledger(["prose", "code"], SEVENTY_TO_THIRTY, SOURCES, 100)
     assert found == {
         "data/tokens": 100,
         "data/prose/tokens": 70,
@@ -138,7 +288,7 @@ def test_ids_outside_the_models_vocabulary_are_named(data):
 def test_the_error_of_a_row_reaches_the_reader_of_batches(data):
     rows = Rows(data.sources[0].path, "train", 64, vocab_size=300)
     with pytest.raises(UserError, match="outside the model's vocabulary"):
-        next(batches([rows], [1.0], seed=0, start=0, micro_batches=1, rows=64))
+        next(batches([rows], Mixture([1.0]), seed=0, start=0, micro_batches=1, rows=64))
 
 
 def test_a_context_or_split_that_does_not_fit_is_refused(data):

@@ -129,14 +129,19 @@ class SourceConfig:
     path: str
     """Folder written by `tinyllama prepare`."""
     weight: float = 1.0
-    """Share of the training tokens, relative to the other sources."""
+    """Share of the training tokens, relative to the other sources; 0: from a later stage on."""
 
-    def __post_init__(self):
-        require(
-            math.isfinite(self.weight) and self.weight > 0,
-            f"data source {self.name!r} has weight {self.weight}: "
-            "give every source a weight above 0, or leave it out.",
-        )
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """From some token of the run on, other weights of the sources."""
+
+    start_tokens: int
+    """Tokens read before it; a row that this would cut belongs to it."""
+    weights: tuple[float, ...]
+    """One per source, in the order of the sources."""
+    ramp_tokens: int = 0
+    """Over this many tokens the shares move linearly from those before; 0: at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +149,42 @@ class DataConfig:
     """What the model reads."""
 
     sources: tuple[SourceConfig, ...] = ()
+    stages: tuple[StageConfig, ...] = ()
+    """Changes of the weights on the way, in order; until the first, the sources' own hold."""
     tokenizer: str = "tokenizer.model"
     """The sentencepiece model that the sources were prepared with."""
 
     def __post_init__(self):
         names = [source.name for source in self.sources]
         require(len(names) == len(set(names)), f"data sources share a name: {names}.")
+        end = 0
+        for index, stage in enumerate(self.stages):
+            require(
+                len(stage.weights) == len(names),
+                f"data.stages.{index} has {len(stage.weights)} weights for {len(names)} sources: "
+                "give one for each source, 0 where it is not read.",
+            )
+            require(
+                stage.start_tokens >= max(end, 1) and stage.ramp_tokens >= 0,
+                f"data.stages.{index} starts at {stage.start_tokens} tokens with a ramp of "
+                f"{stage.ramp_tokens}: it must start after token 0 and after the stage and ramp "
+                f"before it, which end at {end}.",
+            )
+            end = max(stage.start_tokens + stage.ramp_tokens, stage.start_tokens + 1)
+        in_turn = [tuple(source.weight for source in self.sources)]
+        in_turn += [stage.weights for stage in self.stages]
+        for weights in in_turn if names else ():
+            require(
+                all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights),
+                f"The weights {weights} of the data sources must be numbers from 0 on, one of them "
+                "above 0.",
+            )
+        for name, weights in zip(names, zip(*in_turn, strict=True), strict=True):
+            require(
+                any(weights),
+                f"data source {name!r} has weight 0 throughout: give it a weight above 0, or "
+                "leave it out.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The whole position in the data is one number, rows consumed; everything else is 
 import hashlib
 import json
 import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from grain.python import DatasetSelectionMap
 
-from tinyllama_jax.config import DataConfig, UserError, require
+from tinyllama_jax.config import DataConfig, UserError, require, to_json
 from tinyllama_jax.data.packing import RECORD
 from tinyllama_jax.data.prepare import read_manifest
 from tinyllama_jax.data.tokenizer import file_sha256
@@ -71,34 +72,144 @@ class Rows:
         return f"Rows({self.folder})"
 
 
+class _Stretch:
+    """A part of the global order in which every share is constant, or moves linearly: a ramp.
+
+    A share is an exact fraction, because a float's error would show after some 1e9 rows.
+    """
+
+    def __init__(self, start, shares, slopes, rows, ideal, counts):
+        self.start, self.shares, self.slopes = start, shares, slopes
+        self.rows = rows  # of a ramp; None: constant until the next stretch
+        self.ideal, self.counts = ideal, counts  # of each source before `start`, exact and rounded
+        # Of each source and those after it together.
+        self.left = [(sum(shares[i:]), sum(slopes[i:])) for i in range(len(shares))]
+        moves = zip(shares, slopes, strict=True)
+        self.last = max(i for i, (share, slope) in enumerate(moves) if share > 0 or slope > 0)
+        # Rounding goes on where the stretch before left it. Source 0 always can; another whose
+        # rounding no carry in [0, 1) explains begins anew.
+        half = Fraction(1, 2)
+        carries = [exact + half - count for exact, count in zip(ideal, counts, strict=True)]
+        self.carries = [carry if 0 <= carry < 1 else half for carry in carries]
+
+    def taken(self, source: int, left: int) -> int:
+        """Rows of a source among the first `left` that the sources before it leave here.
+
+        The sources from this one on have the share a + b x at x rows into the stretch, so `left`
+        of their rows have passed at the x where a x + b x^2 / 2 is `left`. The source's own share
+        is s + d x, and what it took by then is the rounded s x + d x^2 / 2.
+        """
+        if source == self.last:
+            return left
+        a, b = self.left[source]
+        s, d, carry = self.shares[source], self.slopes[source], self.carries[source]
+        if self.rows is not None and left >= a * self.rows + b * self.rows**2 / 2:
+            x = Fraction(self.rows)  # rounding may leave a row more than there are
+        elif b == 0:
+            x = left / a
+        else:
+            # x is (sqrt(a^2 + 2 b left) - a) / b; by its equation x^2 / 2 is (left - a x) / b.
+            factor = (s - d * a / b) / b
+            return _floor(d * left / b - a * factor + carry, factor, a**2 + 2 * b * left)
+        return math.floor(s * x + d * x**2 / 2 + carry)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        left = row - self.start
+        for source in range(self.last):
+            before = self.taken(source, left)
+            if self.taken(source, left + 1) > before:
+                return source, self.counts[source] + before
+            left -= before
+        return self.last, self.counts[self.last] + left
+
+    def counts_at(self, row: int) -> list[int]:
+        counts, left = list(self.counts), row - self.start
+        for source in range(self.last + 1):
+            taken = self.taken(source, left)
+            counts[source] += taken
+            left -= taken
+        return counts
+
+    def ideal_at(self, row: int) -> list[Fraction]:
+        x = row - self.start
+        return [
+            ideal + share * x + slope * x**2 / 2
+            for ideal, share, slope in zip(self.ideal, self.shares, self.slopes, strict=True)
+        ]
+
+
+def _floor(p: Fraction, q: Fraction, radicand: Fraction) -> int:
+    """floor(p + q sqrt(radicand)), exactly."""
+    square = q * q * radicand  # q sqrt(radicand) is the root of this, or its negative
+    denominator = p.denominator * square.denominator
+    under = square.numerator * square.denominator * p.denominator**2
+    root = math.isqrt(under)
+    if q < 0:
+        root = -root - (root * root < under)
+    return (p.numerator * square.denominator + root) // denominator
+
+
 class Mixture:
     """Which row of which source stands at each place of the global order, in closed form.
 
     Source 0 gets its share of all rows, source 1 its share of what is left, and so on, each by
-    rounding: any stretch of rows is exact to within one row (for two sources; a prefix, for more).
+    rounding the integral of its share: any rows in a row are exact to within one (for two sources;
+    for more, those from the first on, to within one a source and stretch of the weights). A source
+    is not read where its weight is 0.
     """
 
-    def __init__(self, weights: Sequence[float]):
-        # Fractions, because a float's error would show after some 1e9 rows.
-        exact = [Fraction(str(weight)) for weight in weights]
-        self.shares = [share / sum(exact[index:]) for index, share in enumerate(exact)]
+    def __init__(
+        self,
+        weights: Sequence[float],
+        stages: Sequence[tuple[int, int, Sequence[float]]] = (),
+    ):
+        """The weights, and their changes on the way.
+
+        Args:
+          weights: of the sources from row 0 on, relative to their sum.
+          stages: (first row, rows of the linear ramp from the shares before, weights), in order.
+        """
+        none, no_rows = [Fraction(0)] * len(weights), [0] * len(weights)
+        self._stretches = [_Stretch(0, _shares(weights), none, None, none, no_rows)]
+        for start, ramp, new_weights in stages:
+            old, new = self._stretches[-1].shares, _shares(new_weights)
+            if ramp > 0:
+                slopes = [(b - a) / ramp for a, b in zip(old, new, strict=True)]
+                self._begin_stretch(start, old, slopes, ramp)
+            self._begin_stretch(start + ramp, new, none, None)
+
+    def _begin_stretch(self, start: int, shares, slopes, rows: int | None) -> None:
+        before = self._stretches[-1]
+        if before.start == start:  # it has no rows
+            self._stretches.pop()
+        found = before.ideal_at(start), before.counts_at(start)
+        self._stretches.append(_Stretch(start, shares, slopes, rows, *found))
+
+    def _stretch(self, row: int) -> _Stretch:
+        return self._stretches[bisect(self._stretches, row, key=lambda at: at.start) - 1]
 
     def locate(self, row: int) -> tuple[int, int]:
         """(source, row of that source) at a place of the global order."""
-        for source, share in enumerate(self.shares):
-            before = math.floor(row * share + Fraction(1, 2))
-            if math.floor((row + 1) * share + Fraction(1, 2)) > before:
-                return source, before
-            row -= before
-        raise AssertionError("the last share is 1, so the last source takes what is left")
+        return self._stretch(row).locate(row)
 
     def counts(self, rows: int) -> list[int]:
         """Rows of each source among the first `rows` of the global order."""
-        counts = []
-        for share in self.shares:
-            counts.append(math.floor(rows * share + Fraction(1, 2)))
-            rows -= counts[-1]
-        return counts
+        return self._stretch(rows).counts_at(rows)
+
+
+def _shares(weights: Sequence[float]) -> list[Fraction]:
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [weight / sum(exact) for weight in exact]
+
+
+def make_mixture(data: DataConfig, context: int) -> Mixture:
+    """The order of a run: its stages begin with the row that holds their first token."""
+    stages = []
+    for stage in data.stages:
+        first = stage.start_tokens // context
+        ramp = (stage.start_tokens + stage.ramp_tokens) // context - first
+        stages.append((first, ramp, stage.weights))
+    return Mixture([source.weight for source in data.sources], stages)
 
 
 class _ProcessOrder(DatasetSelectionMap):
@@ -120,7 +231,7 @@ class _ProcessOrder(DatasetSelectionMap):
 
 def batches(
     sources: Sequence[Rows],
-    weights: Sequence[float],
+    mixture: Mixture,
     *,
     seed: int,
     start: int,
@@ -133,7 +244,7 @@ def batches(
 
     Args:
       sources: read in a fresh order each epoch, a pure function of (seed, source, epoch).
-      weights: share of the rows of each source.
+      mixture: whose row stands where.
       seed: of the orders.
       start: rows consumed before the first batch, over all processes; restoring is O(1).
       micro_batches: micro-batches of a batch.
@@ -145,7 +256,7 @@ def batches(
     for index, source in enumerate(sources):
         order_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         orders.append(grain.MapDataset.source(source).shuffle(seed=order_seed).repeat())
-    order = _ProcessOrder(Mixture(weights), start, (micro_batches, rows), process, processes)
+    order = _ProcessOrder(mixture, start, (micro_batches, rows), process, processes)
     local_rows = rows // processes
     dataset = grain.MapDataset.select_from_datasets(orders, order)
     dataset = dataset.batch(micro_batches * local_rows)
@@ -155,12 +266,12 @@ def batches(
 
 
 def ledger(
-    names: Sequence[str], weights: Sequence[float], sources: Sequence[Rows], rows: int
+    names: Sequence[str], mixture: Mixture, sources: Sequence[Rows], rows: int
 ) -> dict[str, float]:
     """Metrics of what has been read after `rows` rows: tokens and epochs of each source."""
     context = sources[0].context
     metrics: dict[str, float] = {"data/tokens": rows * context}
-    for name, source, count in zip(names, sources, Mixture(weights).counts(rows), strict=True):
+    for name, source, count in zip(names, sources, mixture.counts(rows), strict=True):
         metrics[f"data/{name}/tokens"] = count * context
         metrics[f"data/{name}/epochs"] = count / len(source)
     return metrics
@@ -184,4 +295,11 @@ def fingerprint(data: DataConfig, context: int, seed: int) -> dict[str, Any]:
         )
         digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         sources[source.name] = {"weight": source.weight, "manifest": digest}
-    return {"tokenizer": tokenizer, "seed": seed, "context": context, "sources": sources}
+    stages = to_json(data)["stages"]
+    return {
+        "tokenizer": tokenizer,
+        "seed": seed,
+        "context": context,
+        "sources": sources,
+        "stages": stages,
+    }

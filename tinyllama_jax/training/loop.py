@@ -81,7 +81,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         )
     require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
     names = [source.name for source in config.data.sources]
-    weights = [source.weight for source in config.data.sources]
+    order = mixture.make_mixture(config.data, config.model.context)
     train_rows, held_out_rows = (
         [
             mixture.Rows(source.path, split, config.model.context, config.model.vocab_size)
@@ -128,7 +128,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                 terminal.step(step, None)
                 return
             values |= clock.rates(step, config, mesh)
-            values |= mixture.ledger(names, weights, train_rows, step * config.batch_rows)
+            values |= mixture.ledger(names, order, train_rows, step * config.batch_rows)
             metrics.write(step, values)
             terminal.step(step, _line(values), clock.eta(step, config.steps))
 
@@ -151,7 +151,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
 
         rows = mixture.batches(
             train_rows,
-            weights,
+            order,
             seed=config.seed,
             start=first_step * config.batch_rows,
             micro_batches=config.micro_batches,
