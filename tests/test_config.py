@@ -10,6 +10,7 @@ import pytest
 
 from tinyllama_jax import config as configs
 from tinyllama_jax.config import (
+    BatchStageConfig,
     Config,
     DataConfig,
     LlamaConfig,
@@ -62,6 +63,9 @@ def test_a_model_that_cannot_be_is_refused(fields, words):
         ({"batch_rows": 10, "micro_batches": 4}, "not divisible by micro_batches"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2, "optimizer": OptimizerConfig(warmup_steps=2)}, "warm-up"),
+        ({"batch_stages": (BatchStageConfig(5, 0),)}, "micro_batches must be above 0"),
+        ({"batch_stages": (BatchStageConfig(0, 2),)}, "they must rise, from 1 on"),
+        ({"batch_stages": (BatchStageConfig(5, 2), BatchStageConfig(5, 4))}, "they must rise"),
         ({"optimizer": OptimizerConfig("wsd", decay_steps=7001)}, "shorten the decay"),
     ],
 )
@@ -128,6 +132,29 @@ def test_the_model_of_a_run_survives_json(config, tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(UserError, match="damaged"):
             model_of_run(tmp_path)
+
+
+def test_rows_read_are_the_sum_over_the_steps(config):
+    stages = (BatchStageConfig(5, 6), BatchStageConfig(9, 1), BatchStageConfig(11, 4))
+    config = dataclasses.replace(config, batch_stages=stages)
+    sizes = [2] * 5 + [6] * 4 + [1] * 2 + [4] * 9
+    assert [config.rows_after(step) for step in range(21)] == [
+        8 * sum(sizes[:step]) for step in range(21)
+    ]
+
+
+def test_a_variant_is_a_function_of_its_config_file(config, tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        f"from tinyllama_jax.config import *\n\ndef get_config():\n    return {config!r}\n"
+        "\ndef longer():\n    return dataclasses.replace(get_config(), steps=99)\n"
+    )
+    assert load_config(str(file)) == config
+    assert load_config(f"{file}:longer") == dataclasses.replace(config, steps=99)
+    with pytest.raises(UserError, match=r"c.py defines no shorter\(\)"):
+        load_config(f"{file}:shorter")
+    with pytest.raises(UserError, match="no config file 'nowhere.py'"):
+        load_config("nowhere.py:longer")
 
 
 @pytest.mark.parametrize("text", ["x = 1", "def get_config():\n    return 3"])

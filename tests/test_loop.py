@@ -18,15 +18,17 @@ from conftest import GOLDEN
 from tensorboard_reader import scalars
 
 from tinyllama_jax.config import (
+    BatchStageConfig,
     CheckpointConfig,
     OptimizerConfig,
     UserError,
     ValidationConfig,
     to_json,
 )
+from tinyllama_jax.data.mixture import Rows, make_mixture
 from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.runtime.checkpoint import Checkpoints
-from tinyllama_jax.runtime.mesh import make_mesh, named_leaves
+from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, put_batch
 from tinyllama_jax.training import loop
 from tinyllama_jax.training.metrics import Metrics, read_metrics
 from tinyllama_jax.training.step import abstract_state
@@ -166,6 +168,60 @@ def test_a_run_moves_from_one_device_to_eight_and_back(config, monkeypatch, dtyp
     a, b = losses(alone), losses(moved)
     assert a.keys() == b.keys()
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=tolerance)
+
+
+def test_a_run_goes_on_across_a_change_of_the_batch_size(config, monkeypatch, mesh):
+    # Steps 6 to 9 are three times as large as those before, the rest half.
+    stages = (BatchStageConfig(5, 6), BatchStageConfig(9, 1))
+    config = dataclasses.replace(config, batch_stages=stages)
+    unbroken, broken = elsewhere(config, "unbroken"), elsewhere(config, "broken")
+    read = []
+
+    def count(batch, *place, **options):
+        read.append(batch.shape[:2])
+        return put_batch(batch, *place, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_batch", count)
+        assert loop.run(unbroken, mesh)
+    shapes = read[::2]  # the tokens, without the loss weights
+    assert shapes == [(2, 8)] * 5 + [(6, 8)] * 4 + [(1, 8)] * 3
+    context, rows = config.model.context, np.cumsum([a * b for a, b in shapes])
+    for step, values in read_metrics(unbroken.run_folder).items():
+        assert values["data/tokens"] == rows[step - 1] * context
+        assert values["data/tokens"] == sum(
+            values[f"data/{source.name}/tokens"] for source in config.data.sources
+        )
+    checkpoint = Checkpoints(unbroken.run_folder).newest()
+    assert checkpoint is not None and checkpoint[1]["rows"] == rows[-1] == config.rows_after(12)
+    for step in (3, 4, 7):  # stopped before, at and after the change
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert not loop.run(broken, mesh)
+    assert loop.run(broken, mesh)
+    assert_same_run(unbroken, broken)
+    # The learning rate is that of equal batches.
+    plain = elsewhere(config, "plain", batch_stages=())
+    assert loop.run(plain, mesh)
+    lr = [
+        {step: values["train/lr"] for step, values in read_metrics(run.run_folder).items()}
+        for run in (plain, unbroken)
+    ]
+    assert lr[0] == lr[1] and losses(plain)[5] == losses(unbroken)[5]
+    assert losses(plain)[7] != losses(unbroken)[7]
+
+
+def test_a_larger_batch_reads_the_rows_that_follow(config, data):
+    """The order does not know the batch size: whatever the stages, the same rows in a row."""
+    rows = [Rows(s.path, "train", config.model.context, 400) for s in data.sources]
+    order = make_mixture(data, config.model.context)
+    staged = dataclasses.replace(config, batch_stages=(BatchStageConfig(3, 5),))
+    even, uneven = (
+        np.concatenate([b.reshape(-1, b.shape[-1]) for b in loop._batches(run, rows, order, 0)])
+        for run in (config, staged)
+    )
+    np.testing.assert_array_equal(even, uneven[: len(even)])
+    assert len(uneven) == staged.rows_after(config.steps) > len(even)
 
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(config, monkeypatch):

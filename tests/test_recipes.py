@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_jax.config import LlamaConfig, load_config
+from tinyllama_jax.data.mixture import make_mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -14,7 +15,7 @@ def load(name):
 
 
 def tokens(config):
-    return config.steps * config.batch_rows * config.model.context
+    return config.rows_after(config.steps) * config.model.context
 
 
 def test_the_3t_run_is_the_originals():
@@ -59,9 +60,54 @@ def test_code_8k_stretches_the_1b_four_times():
     assert f"{tokens(config):.4e}" == "1.0486e+10"
 
 
-@pytest.mark.parametrize("name", ["tinyllama_1b", "tinyllama_120m", "tinyllama_code_8k"])
+V1_1 = {
+    "get_config": {"slimpajama": 100},
+    "math_and_code": {"slimpajama": 75, "starcoder": 15, "proof_pile": 10},
+    "chinese": {"slimpajama": 50, "skypile": 50},
+}
+
+
+@pytest.mark.parametrize(("variant", "final"), V1_1.items())
+def test_v1_1_follows_its_three_stages(variant, final):
+    path = CONFIGS / "tinyllama_v1_1.py"
+    config = load_config(f"{path}:{variant}")
+    assert config.model.parameters() == 1_100_048_384
+    context, cooldown = config.model.context, config.batch_stages[0].after_step
+    # By tokens: 1.85e12 and 2e12, each to within a batch.
+    assert abs(config.rows_after(cooldown) * context - 1.85e12) < 1.8e6
+    assert abs(tokens(config) - 2e12) < 7.2e6
+    sizes = [config.rows_after(step + 1) - config.rows_after(step) for step in (0, cooldown)]
+    assert [f"{rows * context / 1e6:.1f}" for rows in sizes] == ["1.8", "7.2"]
+
+    names = [source.name for source in config.data.sources]
+    assert names == list(final)
+    order = make_mixture(config.data, context)
+    basic, ramp = 1_500_000_000_000 // context, 6_000_000_000 // context
+    assert dict(zip(names, order.counts(basic), strict=True))["slimpajama"] == basic
+    half, whole, end = (
+        order.counts(basic + rows) for rows in (ramp // 2, ramp, config.rows_after(config.steps))
+    )
+    for source, name in enumerate(names):
+        share = final[name] / 100
+        before = basic if name == "slimpajama" else 0
+        start = 1.0 if name == "slimpajama" else 0.0
+        # The mean share of the ramp's first half lies a quarter of the way, of the whole halfway.
+        added = (half[source] - before) / (ramp // 2), (whole[source] - before) / ramp
+        assert added == pytest.approx(
+            (start + (share - start) / 4, start + (share - start) / 2), abs=1e-5
+        )
+        last = (end[source] - whole[source]) / (sum(end) - sum(whole))
+        assert last == pytest.approx(share, abs=1e-6)
+    launched = path.name if variant == "get_config" else f"{path.name}:{variant}"
+    assert f"launch/a100_16.py configs/{launched}\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["tinyllama_1b", "tinyllama_120m", "tinyllama_code_8k", "tinyllama_v1_1"]
+)
 def test_a_header_gives_the_steps_and_the_tokens(name):
     config, header = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     assert f"{config.steps:,} steps" in header
-    assert f"{config.batch_rows * config.model.context:,} tokens" in header
+    if not config.batch_stages:
+        assert f"{config.batch_rows * config.model.context:,} tokens" in header
     assert f"{tokens(config):.4e}".replace("+", "") in header

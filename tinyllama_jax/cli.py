@@ -20,7 +20,7 @@ CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on
 
 def train(argv: Sequence[str]) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
-    usage = "tinyllama train CONFIG [--option value ...]"
+    usage = "tinyllama train CONFIG[:VARIANT] [--option value ...]"
     if argv and argv[0] in ("-h", "--help"):
         print(
             f"{usage}\n\nconfigs/ holds the configs; `tinyllama train CONFIG --help` the options."

@@ -4,6 +4,7 @@ Defaults live here and nowhere else. A config file (configs/*.py) defines `get_c
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import runpy
@@ -279,6 +280,15 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchStageConfig:
+    """After some step of the run, another batch size, in the memory of the same micro-batch."""
+
+    after_step: int
+    micro_batches: int
+    """Micro-batches of each later step, of as many rows as those before."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run. A step is one optimizer update over `batch_rows` rows of `model.context` tokens."""
 
@@ -290,6 +300,8 @@ class Config:
     """Rows of an optimizer step, over all devices and micro-batches."""
     micro_batches: int = 1
     """The rows of a step are split into this many micro-batches, whose gradients are added."""
+    batch_stages: tuple[BatchStageConfig, ...] = ()
+    """Changes of the batch size on the way, in order; the learning rate does not know them."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
     init_from: str | None = None
@@ -316,6 +328,15 @@ class Config:
             f"({self.micro_batches}).",
         )
         require(
+            all(stage.micro_batches > 0 for stage in self.batch_stages),
+            "batch_stages: micro_batches must be above 0 in every stage.",
+        )
+        after = [0, *(stage.after_step for stage in self.batch_stages)]
+        require(
+            all(a < b for a, b in itertools.pairwise(after)),
+            f"batch_stages come after the steps {after[1:]}: they must rise, from 1 on.",
+        )
+        require(
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be fewer than steps "
             f"({self.steps}): shorten the warm-up with --optimizer.warmup-steps.",
@@ -325,6 +346,25 @@ class Config:
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) and optimizer.decay_steps "
             f"({self.optimizer.decay_steps}) are more than steps ({self.steps}): shorten the decay "
             "with --optimizer.decay-steps.",
+        )
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch, over all devices; the same in every step."""
+        return self.batch_rows // self.micro_batches
+
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """(steps before, micro-batches of a step) of each stretch of the run."""
+        later = [(stage.after_step, stage.micro_batches) for stage in self.batch_stages]
+        return [(0, self.micro_batches), *later]
+
+    def rows_after(self, step: int) -> int:
+        """Rows that the first `step` steps read: the position in the data."""
+        sizes = self.batch_sizes()
+        ends = [start for start, _ in sizes[1:]] + [step]
+        return self.micro_rows * sum(
+            max(min(end, step) - start, 0) * micro_batches
+            for (start, micro_batches), end in zip(sizes, ends, strict=True)
         )
 
 
@@ -353,16 +393,22 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def load_config(path: str) -> Config:
-    """Runs a config file and returns what its `get_config()` gives.
+    """Runs a config file and returns what its `get_config()` gives, or the variant's function.
+
+    Args:
+      path: `FILE`, or `FILE:FUNCTION` for a variant.
 
     Raises:
-      UserError: no such file, one that does not run, or no `get_config` in it.
+      UserError: no such file, one that does not run, or no such function in it.
     """
+    name = "get_config"
+    if not Path(path).is_file() and ":" in path:
+        path, _, name = path.rpartition(":")
     require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
     try:
-        get_config = runpy.run_path(path).get("get_config")
+        get_config = runpy.run_path(path).get(name)
         if not callable(get_config):
-            raise UserError(f"{path} defines no get_config() -> Config.")
+            raise UserError(f"{path} defines no {name}() -> Config.")
         config = get_config()
     except UserError:
         raise
@@ -377,7 +423,7 @@ def load_config(path: str) -> Config:
             "begin with a copy of one in configs/."
         ) from error
     if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} gives no Config, but {config!r}.")
+        raise UserError(f"{name}() of {path} gives no Config, but {config!r}.")
     return config
 
 

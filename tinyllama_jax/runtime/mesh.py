@@ -61,7 +61,7 @@ def make_mesh(data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the batch or the model cannot be split over the mesh."""
-    rows = config.batch_rows // config.micro_batches
+    rows = config.micro_rows
     require(
         rows % mesh.size == 0,
         f"A micro-batch of {rows} rows (batch_rows / micro_batches) is not divisible by the "

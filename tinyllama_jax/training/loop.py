@@ -1,6 +1,7 @@
 """A run from its first step to its last, or to the signal that stops it."""
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -113,7 +114,6 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         dtype = compute_dtype(config)
         score = evaluate.make_score(config.model, mesh, dtype, config.execution)
         count_bytes = ByteCounter(tokenizer)
-        micro_rows = config.batch_rows // config.micro_batches
 
         def report(step: int, device_metrics: dict[str, jax.Array]) -> None:
             """Reads the metrics of a step; stops the run if too many were not finite."""
@@ -128,16 +128,18 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                 terminal.step(step, None)
                 return
             values |= clock.rates(step, config, mesh)
-            values |= mixture.ledger(names, order, train_rows, step * config.batch_rows)
+            values |= mixture.ledger(names, order, train_rows, config.rows_after(step))
             metrics.write(step, values)
-            terminal.step(step, _line(values), clock.eta(step, config.steps))
+            terminal.step(step, _line(values), clock.eta(step, config))
 
         def validate(step: int, rows: int | None) -> None:
             """Held-out loss and bits per byte of each source, over `rows` rows or all."""
             for name, source in zip(names, held_out_rows, strict=True):
                 count = len(source) if rows is None else min(rows, len(source))
                 held_out = [source[i] for i in range(count)]
-                found = evaluate.evaluate(score, state["weights"], held_out, micro_rows, mesh)
+                found = evaluate.evaluate(
+                    score, state["weights"], held_out, config.micro_rows, mesh
+                )
                 bits = found.bits_per_byte(count_bytes(np.stack(held_out)))
                 metrics.write(step, {f"val/{name}/loss": found.loss, f"val/{name}/bpb": bits})
                 terminal.say(
@@ -145,24 +147,15 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                 )
 
         def save(step: int) -> None:
-            rows = step * config.batch_rows
+            rows = config.rows_after(step)
             values = {"rows": rows, "fingerprint": fingerprint, "config": to_json(config)}
             checkpoints.save(state, values | {"origin": origin})
 
-        rows = mixture.batches(
-            train_rows,
-            order,
-            seed=config.seed,
-            start=first_step * config.batch_rows,
-            micro_batches=config.micro_batches,
-            rows=micro_rows,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
+        rows = _batches(config, train_rows, order, first_step)
         clock = _Clock(first_step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(first_step + 1, config.steps + 1):
-            tokens_ABS = next(rows)
+            tokens_ABS = next(rows)  # a batch of another size compiles the step once more
             state, step_metrics = train_step(
                 state,
                 put_batch(tokens_ABS, mesh, rows_axis=1),
@@ -240,6 +233,29 @@ def _start(
     return checkpoints.restore(step, abstract_state(config, mesh)), values["origin"]
 
 
+def _batches(
+    config: Config, train_rows: list[mixture.Rows], order: mixture.Mixture, first_step: int
+) -> Iterator[np.ndarray]:
+    """The batches of the steps after `first_step`: the order goes on where another size begins."""
+    sizes = config.batch_sizes()
+    ends = [start for start, _ in sizes[1:]] + [config.steps]
+    for (start, micro_batches), end in zip(sizes, ends, strict=True):
+        start = max(start, first_step)
+        if start >= end:
+            continue
+        batches = mixture.batches(
+            train_rows,
+            order,
+            seed=config.seed,
+            start=config.rows_after(start),
+            micro_batches=micro_batches,
+            rows=config.micro_rows,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        yield from itertools.islice(batches, end - start)
+
+
 def _describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict | None) -> None:
     """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
     packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
@@ -283,7 +299,8 @@ class _Clock:
     def rates(self, step: int, config: Config, mesh: Mesh) -> dict[str, float]:
         """Speed since the last call; MFU for chips whose peak is known."""
         now = self._now()
-        tokens = (step - self._last_step) * config.batch_rows * config.model.context
+        rows = config.rows_after(step) - config.rows_after(self._last_step)
+        tokens = rows * config.model.context
         per_sec = tokens / (now - self._last_time)
         self._last_step, self._last_time = step, now
         self._compiled = self._compiled or (step, now)
@@ -298,12 +315,13 @@ class _Clock:
                 values[f"perf/mfu_{name}"] = share
         return values
 
-    def eta(self, step: int, steps: int) -> float | None:
+    def eta(self, step: int, config: Config) -> float | None:
         """Seconds left at the mean speed since the first report, which was mostly compilation."""
         first_step, first_time = self._compiled or (step, 0.0)
         if step == first_step:
             return None
-        return (self._now() - first_time) / (step - first_step) * (steps - step)
+        first, now, last = map(config.rows_after, (first_step, step, config.steps))
+        return (self._now() - first_time) / (now - first) * (last - now)
 
 
 def _line(values: dict[str, float]) -> str:
