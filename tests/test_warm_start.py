@@ -93,6 +93,10 @@ def test_weights_come_from_a_hugging_face_folder(config, mesh, source, tmp_path,
     assert origin == {"path": str(folder), "step": None, "sha256": digest}
     with pytest.raises(UserError, match="has no steps"):
         warm_start.find_source(dataclasses.replace(config, init_from=f"{folder}@9"))
+    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
+    with pytest.raises(UserError, match="be it sharded"):
+        loop.run(config, mesh)
+    assert not Path(config.run_folder).exists()
 
 
 def test_a_longer_context_may_begin_with_a_shorter_ones_weights(config, mesh, source):

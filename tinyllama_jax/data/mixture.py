@@ -78,12 +78,21 @@ class _Stretch:
     A share is an exact fraction, because a float's error would show after some 1e9 rows.
     """
 
-    def __init__(self, start, shares, slopes, rows, ideal, counts):
+    def __init__(
+        self,
+        start: int,
+        shares: list[Fraction],
+        slopes: list[Fraction],
+        rows: int | None,
+        ideal: list[Fraction],
+        counts: list[int],
+    ):
         self.start, self.shares, self.slopes = start, shares, slopes
         self.rows = rows  # of a ramp; None: constant until the next stretch
         self.ideal, self.counts = ideal, counts  # of each source before `start`, exact and rounded
         # Of each source and those after it together.
-        self.left = [(sum(shares[i:]), sum(slopes[i:])) for i in range(len(shares))]
+        zero = Fraction(0)
+        self.left = [(sum(shares[i:], zero), sum(slopes[i:], zero)) for i in range(len(shares))]
         moves = zip(shares, slopes, strict=True)
         self.last = max(i for i, (share, slope) in enumerate(moves) if share > 0 or slope > 0)
         # Rounding goes on where the stretch before left it. Source 0 always can; another whose

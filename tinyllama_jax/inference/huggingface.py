@@ -61,6 +61,8 @@ FIXED = {
     "tie_word_embeddings": False,
 }
 
+SAVE_AGAIN = "open it with transformers and save_pretrained(folder, max_shard_size='1TB')."
+
 FILES = {
     "config.json",
     "generation_config.json",
@@ -290,6 +292,13 @@ def is_hf_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
+def weights_file(folder: Path) -> Path:
+    """The one file of a folder's weights. Raises `UserError` if they are not in one."""
+    file = Path(folder) / "model.safetensors"
+    require(file.is_file(), f"There is no {file}, be it sharded or in another format: {SAVE_AGAIN}")
+    return file
+
+
 def load(folder: Path) -> tuple[LlamaConfig, Weights]:
     """Reads a Llama 2 that transformers or `export` saved.
 
@@ -304,9 +313,7 @@ def load(folder: Path) -> tuple[LlamaConfig, Weights]:
         missing, too many, of another shape or dtype, or not finite.
     """
     config = config_from_hf(Path(folder) / "config.json")
-    file = Path(folder) / "model.safetensors"
-    again = "open it with transformers and save_pretrained(folder, max_shard_size='1TB')."
-    require(file.is_file(), f"There is no {file}, be it sharded or in another format: {again}")
+    file, again = weights_file(folder), SAVE_AGAIN
     table = tensors(config)
     flat = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves(config).items()}
     try:

@@ -66,9 +66,8 @@ def find_source(config: Config) -> Source | None:
         )
         model = huggingface.config_from_hf(folder / "config.json")
         _compare(folder, model, config)
-        # Sharded files are refused here too, in the reader's own words.
-        file = folder / "model.safetensors"
-        digest = file_sha256(file) if file.is_file() else ""
+        file = huggingface.weights_file(folder)
+        digest = file_sha256(file)
     else:
         _compare(folder, model_of_run(folder), config)
         checkpoint = open_checkpoint(folder, step)
