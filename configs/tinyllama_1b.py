@@ -1,9 +1,10 @@
 """TinyLlama 1.1B on 3 trillion tokens: the original run.
 
-Run:     python launch/a100_16.py configs/tinyllama_1b.py
-         (the same options as: tinyllama train configs/tinyllama_1b.py)
-Reads:   data/slimpajama (without its GitHub rows) and data/starcoder, written by
-         `tinyllama prepare` with the Llama 2 tokenizer, data/llama2/tokenizer.model
+Run:     tinyllama train configs/tinyllama_1b.py
+         (on all GPUs of one machine so far; `pytest -m compile` shows it compiled for 16 A100-40GB)
+Reads:   data/slimpajama (without its GitHub rows) and data/starcoder, datasets in the format of
+         `tinyllama prepare`, which does not read these corpora yet, with the Llama 2 tokenizer,
+         data/llama2/tokenizer.model
 Expect:  1,430,512 steps of 2,097,152 tokens, 3.0000e12 in all. The learning rate is 3.990e-4 at
          step 50,000, 3.094e-4 at 480,000, 1.298e-4 at 955,000 and 4e-5 at the end. The original
          took 90 days on 16 A100-40GB at 24,000 tokens/s each, 8 rows a GPU and micro-batch.
@@ -22,6 +23,7 @@ from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    ExecutionConfig,
     OptimizerConfig,
     SampleConfig,
     SourceConfig,
@@ -44,6 +46,7 @@ def get_config() -> Config:
         batch_rows=1024,
         micro_batches=8,  # of 128 rows: 8 on each of 16 GPUs
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
+        execution=ExecutionConfig(recompute="elementwise"),
         # The original saved every 5,000 steps alone, and lost what came after.
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),
         validation=ValidationConfig(every=5000),

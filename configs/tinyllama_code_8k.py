@@ -1,10 +1,9 @@
 """TinyLlama 1.1B for code, 8,192 tokens of context: RoPE positions divided by 4.
 
-Run:     python launch/a100_16.py configs/tinyllama_code_8k.py
-         (the same options as: tinyllama train configs/tinyllama_code_8k.py)
+Run:     tinyllama train configs/tinyllama_code_8k.py
          after configs/tinyllama_1b.py, whose newest weights it begins with; from the released
          ones, give a Hugging Face folder in one file: --init-from data/TinyLlama-1.1B-3T
-Reads:   data/starcoder, written by `tinyllama prepare`; the records of the 3T run serve
+Reads:   data/starcoder, as configs/tinyllama_1b.py does; the records of the 3T run serve
          any context, so nothing is prepared again
 Expect:  5,000 steps of 2,097,152 tokens, 1.0486e10 in all. Model, context and RoPE factor are the
          original's. Its length, data and learning rate are not known here: the length and code
@@ -17,6 +16,7 @@ from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    ExecutionConfig,
     OptimizerConfig,
     SampleConfig,
     SourceConfig,
@@ -37,6 +37,7 @@ def get_config() -> Config:
         batch_rows=256,  # as many tokens as 1,024 rows of 2,048
         micro_batches=8,  # of 32 rows: 2 on each of 16 GPUs, as many tokens as 8 of 2,048
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=500),
+        execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=1000),
         validation=ValidationConfig(every=500, rows=128),
         sample=SampleConfig(every=500, prompts=("def", "#include")),

@@ -1,11 +1,10 @@
 """TinyLlama v1.1 on 2 trillion tokens, in three variants: general, math and code, Chinese.
 
-Run:     python launch/a100_16.py configs/tinyllama_v1_1.py
-         python launch/a100_16.py configs/tinyllama_v1_1.py:math_and_code
-         python launch/a100_16.py configs/tinyllama_v1_1.py:chinese
-         (the same options as: tinyllama train configs/tinyllama_v1_1.py)
+Run:     tinyllama train configs/tinyllama_v1_1.py
+         tinyllama train configs/tinyllama_v1_1.py:math_and_code
+         tinyllama train configs/tinyllama_v1_1.py:chinese
 Reads:   data/slimpajama; math and code also data/starcoder and data/proof_pile, Chinese also
-         data/skypile, all written by `tinyllama prepare`
+         data/skypile; in the format that configs/tinyllama_1b.py says
 Expect:  stage 1, to 1.5e12 tokens: SlimPajama alone, the same rows in every variant. Stage 2, to
          1.85e12: over its first 6e9 tokens the weights ramp to the variant's own, which stay.
          Stage 3, cooldown: batches four times as large. 1,047,307 steps, 2.0000e12 tokens.
@@ -24,6 +23,7 @@ from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    ExecutionConfig,
     OptimizerConfig,
     SampleConfig,
     SourceConfig,
@@ -66,6 +66,7 @@ def _variant(name: str, weights: dict[str, float]) -> Config:
         micro_batches=11,  # of 80 rows: 5 on each of 16 GPUs
         batch_stages=(BatchStageConfig(after_step=COOLDOWN_AFTER, micro_batches=44),),
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
+        execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),
         validation=ValidationConfig(every=5000),
         sample=SampleConfig(every=5000),

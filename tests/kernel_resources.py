@@ -85,3 +85,9 @@ def resources_of_program(
             shared = re.search(rf" {entry[1]} grid.*shared_memory: (\d+)", launches)
             found[entry[1]] = _assemble(ptx, int(shared[1]))
     return found
+
+
+def kernel_calls(program: str, name: str) -> int:
+    """How often the compiled program starts a kernel."""
+    targets = r"__gpu\$xla\.gpu\.triton|triton_kernel_call(?:_ffi)?"
+    return len(re.findall(rf'custom_call_target="({targets})".*op_name="[^"]*{name}', program))

@@ -9,7 +9,7 @@ import jax_triton
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from kernel_resources import KERNELS, OPTIMISED, resources_of_program
+from kernel_resources import KERNELS, OPTIMISED, kernel_calls, resources_of_program
 
 from tinyllama_jax.config import TINYLLAMA_1B
 from tinyllama_jax.model.attention import attention
@@ -63,12 +63,6 @@ def test_every_tile_of_the_table_compiles_without_spills(row, documents, tmp_pat
         assert "ex2.approx.ftz.f32" in kernel.ptx, name
         # The assembler of JAX's CUDA 12 reads no newer one.
         assert float(re.search(r"\.version (\S+)", kernel.ptx)[1]) < 9, name
-
-
-def kernel_calls(program: str, name: str) -> int:
-    """How often the compiled program starts a kernel."""
-    targets = r"__gpu\$xla\.gpu\.triton|triton_kernel_call(?:_ffi)?"
-    return len(re.findall(rf'custom_call_target="({targets})".*op_name="[^"]*{name}', program))
 
 
 def layer_program(backend, saved) -> str:

@@ -111,7 +111,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         stop = stack.enter_context(_signals_noted())
 
         train_step = make_step(config, mesh)
-        dtype = compute_dtype(config)
+        dtype = compute_dtype(config, mesh)
         score = evaluate.make_score(config.model, mesh, dtype, config.execution)
         count_bytes = ByteCounter(tokenizer)
 

@@ -29,10 +29,12 @@ gradient was not finite), `skipped_in_a_row`."""
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-def compute_dtype(config: Config) -> jnp.dtype:
+def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     """The dtype of matrix products; on CPU bf16 is slower than fp32."""
     if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        # Of the mesh's devices, which need not be here.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 
@@ -128,7 +130,7 @@ def make_gradients(
     up gradients of whole weights in fp32, and one reduce-scatter ends the step. With "layer" both
     happen in every layer of every micro-batch, and no device holds more than a layer whole.
     """
-    dtype, once = compute_dtype(config), config.execution.gather == "step"
+    dtype, once = compute_dtype(config, mesh), config.execution.gather == "step"
 
     def gather(name, part):
         return jax.lax.all_gather(part, "fsdp", axis=gather_axis(name, part.ndim), tiled=True)
