@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import triton
-from jax_triton import triton_lib
 
 from tinyllama_jax.model import triton_kernels
 
@@ -37,6 +36,8 @@ class Resources(NamedTuple):
 @contextlib.contextmanager
 def _recorded() -> Iterator[dict[str, Resources]]:
     """By name, the kernels that are lowered inside; jax-triton compiles to PTX as it lowers."""
+    from jax_triton import triton_lib  # which before 0.4 asks for JAX's CUDA plugin at once
+
     found: dict[str, Resources] = {}
     compile_to_ptx = triton_lib.compile_ttir_to_ptx_inplace
 

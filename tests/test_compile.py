@@ -5,7 +5,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -104,6 +103,8 @@ def test_a_layer_with_nothing_saved_runs_forward_twice(backend):
 
 
 def test_tma_loads_tiles_on_hopper_or_says_what_it_needs(monkeypatch, tmp_path):
+    import jax_triton
+
     row = ("triton", "H100", "bfloat16", 64)
     tile = Tile(64, 64, 4, 2, tma=True)
     monkeypatch.setitem(TILES, row, Tiles(tile, tile, tile))

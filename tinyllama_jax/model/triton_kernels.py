@@ -16,16 +16,9 @@ import os
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import triton
 import triton.language as tl
 from jax.interpreters import partial_eval
-from jax_triton import triton_lib
-
-# jax-triton 0.4.1 would keep kernels whose results nobody reads, such as a forward pass that
-# `jax.checkpoint` does not need again, and its rule takes other arguments than JAX 0.12 gives it.
-# Kernels without effects are what JAX's own rule is for.
-partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
 
 # From Hopper on Triton 3.9 writes PTX for the newest of the two assemblers that it brings along,
 # CUDA 13's, which the one of JAX's CUDA 12 refuses to read.
@@ -289,6 +282,13 @@ def flash_dkdv(
 
 def _run(kernel, tile, compute_capability, grid, inputs, outputs, constants):
     """Starts `kernel` on `inputs`, pairs (array, block that a TMA descriptor loads or None)."""
+    import jax_triton  # here, because before 0.4 it asks for JAX's CUDA plugin at once
+    from jax_triton import triton_lib
+
+    # jax-triton 0.4.1 would keep kernels whose results nobody reads, such as a forward pass that
+    # `jax.checkpoint` does not need again, and its rule takes other arguments than JAX 0.12 gives
+    # it. Kernels without effects are what JAX's own rule is for.
+    partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     able = hasattr(jax_triton, "TensorDescriptor") and (compute_capability or 90) >= 90
     if tile.tma and not able:
         raise ValueError(

@@ -128,7 +128,7 @@ def make_gradients(
     Each device works on its own rows, and what crosses the network is written out: with
     `execution.gather` "step" the weights are gathered once in the compute dtype, micro-batches add
     up gradients of whole weights in fp32, and one reduce-scatter ends the step. With "layer" both
-    happen in every layer of every micro-batch, and no device holds more than a layer whole.
+    happen in every layer of every micro-batch, so no device holds all layers whole.
     """
     dtype, once = compute_dtype(config, mesh), config.execution.gather == "step"
 
