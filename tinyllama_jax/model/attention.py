@@ -143,7 +143,7 @@ def choose_backend(
     """What `auto` takes, and why."""
     unknown = ("cudnn", "no kernel of ours is tuned for this chip")
     candidates: list[tuple[AttentionBackend, str]] = [
-        ("reference", "kernels are interpreted here, for tests")
+        ("reference", "plain JAX; the kernels are for GPUs")
         if chip == "cpu"
         else AUTO.get((chip, documents), unknown),
         ("pallas", "the fastest that can do what is asked"),
