@@ -51,6 +51,8 @@ def test_help_names_every_verb(capsys):
         (["--optimizer.peek-lr", "1"], "--optimizer.peak-lr"),
         (["--steps", "many"], "steps"),
         (["--model.kv-heads", "4"], "kv heads that divide"),
+        (["--execution.gather", "layer"], "recompute elementwise or layers"),
+        (["--execution.attention", "cudnn"], "cudnn needs an NVIDIA GPU"),
         (["--batch-rows", "20"], "divisible by the 8 devices"),
         (["--data.tokenizer", "none.model"], "no tokenizer"),
         (["--data.sources.0.path", "nowhere"], "no dataset"),

@@ -38,6 +38,7 @@ from tinyllama_jax.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     State,
     abstract_state,
+    check_attention,
     compute_dtype,
     init_state,
     loss_weights,
@@ -67,6 +68,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     """
     mesh = make_mesh() if mesh is None else mesh
     check_fits(config, mesh)
+    check_attention(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     require(
         tokenizer.get_piece_size() == config.model.vocab_size,

@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import Config
+from tinyllama_jax.config import Config, require
 from tinyllama_jax.model import llama
+from tinyllama_jax.model.attention import device_chip, why_not
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import (
     BATCH_AXES,
@@ -36,6 +37,21 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
+
+
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """Raises UserError if the backend that the config names cannot do what the run needs of it."""
+    backend = config.execution.attention
+    if backend == "auto":
+        return
+    with jax.set_mesh(mesh):
+        chip = device_chip()
+    dtype, width = compute_dtype(config, mesh), config.model.head_width
+    complaint = why_not(backend, chip, dtype, width, documents=False)
+    require(
+        complaint is None,
+        f"execution.attention {backend} {complaint}; auto takes what can do it.",
+    )
 
 
 def state_from_weights(config: Config, weights: llama.Weights) -> State:
