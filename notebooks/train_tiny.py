@@ -131,7 +131,7 @@ losses, held_out = {}, {}
 
 with jax.set_mesh(mesh):
     state, step = init_state(config, mesh), make_step(config, mesh)
-    score = make_score(model, mesh, compute_dtype(config))
+    score = make_score(model, mesh, compute_dtype(config, mesh))
     held_out[0] = evaluate(score, state["weights"], some_rows, 32, mesh).loss
     for number in range(1, config.steps + 1):
         tokens = next(batches)

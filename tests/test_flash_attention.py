@@ -63,8 +63,11 @@ def check(kernels, q, k, v, do, segments=None, causal=True, smallest=0.0):
     assert_equals_exact(found, q, k, v, do, segments, causal, 0.2, smallest)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("heads", [(4, 1), (6, 2), (3, 3)], ids=["MQA", "GQA", "MHA"])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [((4, 1), "float32"), ((6, 2), "float32"), ((3, 3), "float32"), ((6, 2), "bfloat16")],
+    ids=["MQA", "GQA", "MHA", "GQA-bfloat16"],
+)
 @pytest.mark.parametrize("documents", [False, True])
 @every_kernel
 def test_forward_and_gradients_equal_fp64(kernels, dtype, heads, documents):
