@@ -183,9 +183,12 @@ def test_auto_covers_every_chip():
     assert set(AUTO) == {(chip, docs) for chip in CHIPS.values() for docs in (False, True)}
 
 
-def test_auto_says_once_what_it_took(capsys):
+def test_auto_says_once_what_it_took(capsys, monkeypatch):
     attention_module._say_once.cache_clear()
     q, k, v, _ = inputs(1, 4, 2, 1, 8)
     attention(q, k, v)
+    assert not capsys.readouterr().err, "a CPU leaves nothing to choose"
+    monkeypatch.setattr(attention_module, "device_chip", lambda: "TPU v5")
     attention(q, k, v)
-    assert capsys.readouterr().err.count("attention on cpu: reference") == 1
+    attention(q, k, v)
+    assert capsys.readouterr().err.count("attention on TPU v5: reference") == 1

@@ -56,7 +56,7 @@ def attention(
         `pallas` and `triton` are FlashAttention on A100, H100 and H200, in bf16 or fp32, for heads
         up to 128 wide; `pallas` is interpreted on a CPU, for tests. `cudnn` is JAX's own, in bf16,
         without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot do what is
-        asked, and says so once.
+        asked, and says so once; on a CPU it is `reference`.
 
     Returns:
       o_BTNH in the dtype of the queries.
@@ -82,7 +82,8 @@ def attention(
     documents = segment_ids is not None
     if backend == "auto":
         backend, reason = choose_backend(chip, q_BTNH.dtype, H, documents)
-        _say_once(f"attention on {chip}: {backend} ({reason})")
+        if chip != "cpu":  # where there is nothing to choose
+            _say_once(f"attention on {chip}: {backend} ({reason})")
     elif complaint := why_not(backend, chip, q_BTNH.dtype, H, documents):
         raise ValueError(f"attention backend {backend!r} {complaint}.")
 
