@@ -28,7 +28,7 @@ from tinyllama_jax.model.attention import (
 from tinyllama_jax.runtime.mesh import make_mesh
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(
     B=st.integers(1, 2),
     T=st.integers(1, 9),

@@ -117,7 +117,7 @@ def test_rows_of_nothing_but_padding(kernels):
     check(kernels, *inputs(2, 70, 4, 2, 32), segments)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     changes=st.lists(st.integers(0, 3), min_size=48, max_size=48),
     ids=st.lists(st.integers(-2, 2), min_size=4, max_size=48),
@@ -163,7 +163,7 @@ def test_document_b_is_blind_to_document_a_bit_by_bit(kernels):
         assert not np.array_equal(x[:, :21], y[:, :21])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     rows=st.sampled_from([2, 4, 8]),
     columns=st.sampled_from([2, 4, 8]),
