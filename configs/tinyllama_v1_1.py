@@ -31,7 +31,7 @@ from tinyllama_jax.config import (
     ValidationConfig,
 )
 
-COOLDOWN_AFTER = 1_026_500  # the step that reaches 1.85e12 tokens
+COOLDOWN_AFTER = 1_026_500  # the last step before 1.85e12 tokens
 
 
 def get_config() -> Config:

@@ -136,6 +136,12 @@ def test_segment_ids_of_another_shape_are_refused():
         attention(q, k, v, segment_ids=jnp.zeros((1, 3), int))
 
 
+def test_segment_ids_that_would_wrap_are_refused():
+    q, k, v, _ = inputs(1, 4, 2, 1, 8)
+    with pytest.raises(ValueError, match="beyond 32 bits"):
+        attention(q, k, v, segment_ids=np.array([[0, 0, 2**32, 2**32]]))
+
+
 def test_a_scale_that_is_not_positive_is_refused():
     q, k, v, _ = inputs(1, 4, 2, 1, 8)
     with pytest.raises(ValueError, match="above 0"):
@@ -148,6 +154,7 @@ def test_a_scale_that_is_not_positive_is_refused():
         ("cudnn", {"chip": "cpu"}, "GPU"),
         ("cudnn", {"documents": True}, "segment_ids"),
         ("cudnn", {"dtype": jnp.float32}, "bfloat16"),
+        ("cudnn", {"head_width": 20}, "multiple of 8"),
         ("pallas", {"head_width": 192}, "192"),
         ("triton", {"chip": "cpu"}, "cpu"),
         ("pallas", {"chip": "NVIDIA GeForce RTX 4090"}, "RTX 4090"),

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -74,6 +75,12 @@ def attention(
         )
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids {segment_ids.shape} must have shape {(B, T)}.")
+    if segment_ids is not None:
+        # As JAX itself would make them; NumPy's wider ones could meet in one segment by wrapping.
+        if isinstance(segment_ids, np.ndarray) and segment_ids.size:
+            if segment_ids.min() < -(2**31) or segment_ids.max() >= 2**31:
+                raise ValueError("segment_ids go beyond 32 bits: number the documents of a row.")
+        segment_ids = jnp.asarray(segment_ids, jnp.int32)
     scale = 1 / math.sqrt(H) if scale is None else scale
     if scale <= 0:
         raise ValueError(f"scale is {scale}: it must be above 0.")
@@ -128,6 +135,8 @@ def why_not(
             return "takes no segment_ids: ask for pallas, triton or reference"
         if dtype not in (jnp.bfloat16, jnp.float16):
             return f"computes in bfloat16 or float16, not in {dtype}"
+        if head_width % 8 or head_width > 128:
+            return f"takes heads of a multiple of 8 up to 128 wide, not {head_width}"
     if backend in ("pallas", "triton"):
         if chip not in CHIPS.values() and (chip, backend) != ("cpu", "pallas"):
             return f"has no tiles for {chip}: it runs on {', '.join(CHIPS)}"
