@@ -7,7 +7,7 @@ from pathlib import Path
 # Unoptimised programs: they compile four times as fast, and the suite compiles more than it runs.
 # In the environment, so that the processes which tests start compile the same programs.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # a test's own process may want others
 # Tests marked `gpu` run where it says otherwise: JAX_PLATFORMS=cuda pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One program is compiled once a session, however many runs and processes ask for it.

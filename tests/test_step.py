@@ -52,17 +52,6 @@ def test_one_times_eight_equals_eight_times_one(config, mesh):
     assert worst(runs[0][1], runs[1][1]) < 2e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
-def test_every_mesh_gives_the_losses_of_one_device(config, mesh, shape, dtype, tolerance):
-    config = dataclasses.replace(config, compute_dtype=dtype)
-    batches = random_batches(config, 6)
-    alone, _ = train(config, mesh, batches)
-    spread, state = train(config, make_mesh(data=shape[0]), batches)
-    np.testing.assert_allclose(spread, alone, rtol=tolerance)
-    assert state["step"] == 6
-
-
 @pytest.mark.parametrize(
     "execution",
     [

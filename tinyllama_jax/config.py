@@ -46,7 +46,7 @@ class ExecutionConfig:
     """What the backward pass computes again instead of keeping it: nothing; norms and the SwiGLU
     product, so that no matrix product runs twice; or all but the input of each layer."""
     unroll_layers: bool = False
-    """Compile each layer on its own: faster steps, more memory, minutes of compilation."""
+    """Compile each layer on its own: less traffic and memory on a GPU, longer compilation."""
     gather: Literal["step", "layer"] = "step"
     """When the weights are gathered from all devices: once a step, or layer by layer in each
     micro-batch, for models whose weights and gradients do not fit a device."""

@@ -20,7 +20,13 @@ from tinyllama_jax.model.loss import next_token_loss
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
 Gather = Callable[[str, jax.Array], jax.Array]
 """What makes a weight whole where the model comes to it: (name, this device's part) -> all of it.
-A weight of a block comes without its layer axis."""
+A weight of a block comes by its bare name and without its layer axis."""
+
+
+def whole(name: str, weight: jax.Array) -> jax.Array:
+    """The `Gather` of weights that are not in parts."""
+    return weight
+
 
 # What a block keeps for its backward pass so that no matrix product runs twice; norms, rotations
 # and the SwiGLU product are computed again from these.
@@ -78,9 +84,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, rope, segment_ids_BT, attention_backend):
         with jax.named_scope("attention"):
             h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
-            q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...]), *rope)
-            k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...]), *rope)
-            v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...])
+            # One product for the three, or the backward pass would add up three gradients of h.
+            heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
+            qkv_BTMH = jnp.einsum("BTD,DMH->BTMH", h_BTD, jnp.concatenate(heads, axis=1))
+            N, K = self.config.query_heads, self.config.kv_heads
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
             o_BTNH = attention(
                 checkpoint_name(q_BTNH, "query"),
                 checkpoint_name(k_BTKH, "key"),
@@ -113,26 +122,11 @@ class Llama(nnx.Module):
         self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
 
     def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
-        """What the head multiplies, (B, T, D)."""
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        rope = rope_tables(positions_BT, self.config)
+        """The residual stream above the last block, (B, T, D)."""
         x_BTD = gather("embedding_VD", self.embedding_VD[...])[tokens_BT]
-
+        layer = make_layer(self.config, tokens_BT.shape[1], segment_ids_BT, execution, gather)
         # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
-        block_definition, stacked = nnx.split(self.blocks)
-
-        def layer(x_BTD, weights):
-            weights = {name: gather(f"blocks.{name}", w) for name, w in weights.items()}
-            block = nnx.merge(block_definition, weights)
-            return block(x_BTD, rope, segment_ids_BT, execution.attention)
-
-        if execution.recompute != "nothing":
-            kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
-            # A scan keeps apart what is computed twice; without one the compiler would undo it.
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=execution.unroll_layers)
-
-        stacked = nnx.to_pure_dict(stacked)
+        stacked = nnx.to_pure_dict(nnx.state(self.blocks))
         if execution.unroll_layers:
             # Cut at once: one slice a layer would add up as many gradients of all layers.
             unstacked = {name: jnp.unstack(w_L) for name, w_L in stacked.items()}
@@ -140,7 +134,27 @@ class Llama(nnx.Module):
                 x_BTD = layer(x_BTD, {name: w_L[index] for name, w_L in unstacked.items()})
         else:
             x_BTD, _ = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)
-        return rms_norm(x_BTD, gather("norm_D", self.norm_D[...]), self.config.norm_eps)
+        return x_BTD
+
+
+def make_layer(
+    config: LlamaConfig, T: int, segment_ids_BT, execution: ExecutionConfig, gather=whole
+) -> Callable[[jax.Array, Weights], jax.Array]:
+    """`layer(x_BTD, weights of a block) -> x_BTD`, which keeps for its backward pass what
+    `execution.recompute` lets it."""
+    rope = rope_tables(jnp.arange(T)[None], config)
+    definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+
+    def layer(x_BTD, weights):
+        weights = {name: gather(name, w) for name, w in weights.items()}
+        return nnx.merge(definition, weights)(x_BTD, rope, segment_ids_BT, execution.attention)
+
+    if execution.recompute == "nothing":
+        return layer
+    kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    # A scan keeps apart what is computed twice; without one the compiler would undo it.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=execution.unroll_layers)
 
 
 def init_std(config: LlamaConfig) -> float:
@@ -180,10 +194,9 @@ def apply(
       segment_ids_BT: documents of a packed row; a token sees its own document alone.
       execution: how.
     """
-    llama = _merged(config, weights)
-    x_BTD = llama.hidden(tokens_BT, segment_ids_BT, execution, _whole)
+    x_BTD = _merged(config, weights).hidden(tokens_BT, segment_ids_BT, execution, whole)
     with jax.named_scope("head"):
-        return x_BTD @ weights["head_DV"]
+        return rms_norm(x_BTD, weights["norm_D"], config.norm_eps) @ weights["head_DV"]
 
 
 def loss(
@@ -192,7 +205,7 @@ def loss(
     tokens_BS: jax.Array,
     weights_BT: jax.Array,
     execution: ExecutionConfig = ExecutionConfig(),
-    gather: Gather | None = None,
+    gather: Gather = whole,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of next-token losses and of their weights, without the logits ever standing in memory.
 
@@ -207,9 +220,14 @@ def loss(
     Returns:
       As `next_token_loss`.
     """
-    gather = gather or _whole
     x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, gather)
+    return head_loss(config, weights, x_BTD, tokens_BS, weights_BT, gather)
+
+
+def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, gather=whole):
+    """What `loss` returns, from the residual stream above the last block."""
     with jax.named_scope("head"):
+        x_BTD = rms_norm(x_BTD, gather("norm_D", weights["norm_D"]), config.norm_eps)
         head_DV = gather("head_DV", weights["head_DV"])
         return next_token_loss(x_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
 
@@ -217,7 +235,3 @@ def loss(
 def _merged(config: LlamaConfig, weights: Weights) -> Llama:
     definition = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     return nnx.merge(definition, weights)
-
-
-def _whole(name: str, weight: jax.Array) -> jax.Array:
-    return weight

@@ -117,12 +117,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def gather_axis(name: str, ndim: int) -> int:
-    """The axis of a weight that is split over `fsdp`; of a block's weight with or without layers.
+    """The axis of a weight that is split over `fsdp`; a block calls its own by their bare names,
+    with or without the layer axis.
 
     Raises:
       KeyError: the weight has no row in `WEIGHT_AXES`.
     """
-    axes = WEIGHT_AXES[name][-ndim:]
+    axes = (WEIGHT_AXES.get(name) or WEIGHT_AXES[f"blocks.{name}"])[-ndim:]
     return [MESH_AXES[axis] for axis in axes].index("fsdp")
 
 

@@ -13,14 +13,9 @@ from jax.sharding import PartitionSpec as P
 from tinyllama_jax.config import Config, require
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.attention import device_chip, why_not
-from tinyllama_jax.model.llama import Weights
-from tinyllama_jax.runtime.mesh import (
-    BATCH_AXES,
-    batch_sharding,
-    gather_axis,
-    named_leaves,
-    shardings,
-)
+from tinyllama_jax.runtime.compiler import compiler_options
+from tinyllama_jax.runtime.mesh import batch_sharding, shardings
+from tinyllama_jax.training.gradients import make_gradients
 from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
 
 State = dict[str, Any]
@@ -98,7 +93,7 @@ def make_step(
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
-    gradients = make_gradients(config, mesh)
+    gradients = make_gradients(config, mesh, compute_dtype(config, mesh))
 
     def step(state: State, tokens_ABS, weights_ABT):
         loss, grads = gradients(state["weights"], tokens_ABS, weights_ABT)
@@ -133,74 +128,8 @@ def make_step(
         in_shardings=(state_shardings, rows, rows),
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
-
-
-def make_gradients(
-    config: Config, mesh: Mesh
-) -> Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, Weights]]:
-    """`gradients(weights, tokens_ABS, weights_ABT) -> (mean loss, its fp32 gradient)`.
-
-    Each device works on its own rows, and what crosses the network is written out: with
-    `execution.gather` "step" the weights are gathered once in the compute dtype, micro-batches add
-    up gradients of whole weights in fp32, and one reduce-scatter ends the step. With "layer" both
-    happen in every layer of every micro-batch, so no device holds all layers whole.
-    """
-    dtype, once = compute_dtype(config, mesh), config.execution.gather == "step"
-
-    def gather(name, part):
-        return jax.lax.all_gather(part, "fsdp", axis=gather_axis(name, part.ndim), tiled=True)
-
-    def on_one_device(weights, tokens_ABS, weights_ABT):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-        if once:
-            weights = _map_named(gather, weights)
-
-        def loss_sum(weights, tokens_BS, weights_BT):
-            return llama.loss(
-                config.model,
-                weights,
-                tokens_BS,
-                weights_BT,
-                config.execution,
-                gather=None if once else gather,
-            )
-
-        def micro_batch(sums, batch):
-            (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(weights, *batch)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
-
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-        zeros = (jnp.zeros(()), jnp.zeros(()), zeros)
-        (loss, count, grads), _ = jax.lax.scan(micro_batch, zeros, (tokens_ABS, weights_ABT))
-
-        def scatter(name, grad):
-            axis = gather_axis(name, grad.ndim)
-            return jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
-
-        if once:
-            grads = _map_named(scatter, grads)
-        grads = jax.lax.psum(grads, "data")
-        loss, count = jax.lax.psum((loss, count), BATCH_AXES)
-        return loss / count, jax.tree.map(lambda g: g / count, grads)
-
-    weights = abstract_state(config, mesh)["weights"]
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, weights)
-    rows = batch_sharding(mesh, rows_axis=1).spec
-    return jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(specs, rows, rows),
-        out_specs=(P(), specs),
-        check_vma=False,  # kernels say nothing about which devices agree
-    )
-
-
-def _map_named(function, tree):
-    """`function(name, leaf)` over a tree of weights."""
-    leaves = [function(name, leaf) for name, leaf in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def loss_weights(tokens_ABS: np.ndarray) -> np.ndarray:

@@ -1,0 +1,190 @@
+"""The gradients of a step, and everything that crosses the network for them."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax.config import Config
+from tinyllama_jax.model import llama
+from tinyllama_jax.model.llama import Weights
+from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, gather_axis, shardings
+
+Batch = tuple[jax.Array, jax.Array]
+"""Tokens and loss weights of a micro-batch; of several, with an axis for them in front."""
+Bucket = dict[str, jax.Array]
+"""Weights that cross the network together, by name: those of a layer, without their layer axis,
+or some of those outside the layers."""
+Sums = tuple[jax.Array, jax.Array, Any]
+"""Over the rows so far: losses, loss weights, and fp32 gradients of the losses."""
+
+
+def make_gradients(
+    config: Config, mesh: Mesh, dtype: jnp.dtype
+) -> Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, Weights]]:
+    """`gradients(weights, tokens_ABS, weights_ABT) -> (mean loss, its fp32 gradient)`.
+
+    Each device works on its own rows, and what crosses the network is written out: with
+    `execution.gather` "step" the weights are gathered once, micro-batches add up gradients of whole
+    weights in fp32, and these are scattered once. With "layer" both happen in every layer of every
+    micro-batch, so no device holds all layers whole.
+
+    Args:
+      config: the run.
+      mesh: where.
+      dtype: of matrix products, and of the weights that are gathered.
+    """
+    execution = config.execution
+    one_by_one = dataclasses.replace(execution, unroll_layers=True)
+
+    def add(sums: Sums, weights, batch: Batch, execution=execution, gather=llama.whole) -> Sums:
+        def loss(weights):
+            weights = _join(weights) if isinstance(weights, list) else weights
+            return llama.loss(config.model, weights, *batch, execution, gather)
+
+        (losses, count), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+        return jax.tree.map(jnp.add, sums, (losses, count, _fp32(grads)))
+
+    def add_all(sums: Sums, weights, batches: Batch, gather=llama.whole) -> Sums:
+        def body(sums, batch):
+            return add(sums, weights, batch, gather=gather), None
+
+        return jax.lax.scan(body, sums, batches)[0]
+
+    def add_and_scatter(sums: Sums, buckets: list[Bucket], batch: Batch) -> Sums:
+        """As `add`, by the layer: gradients leave while the layer below is at work."""
+        losses, count, (sums_below, *sums_layers, sums_above) = sums
+        below, *layers, above = buckets
+        tokens_BS, weights_BT = batch
+
+        def embed(below):
+            return below["embedding_VD"][tokens_BS[:, :-1]]
+
+        def head(above, x_BTD):
+            return llama.head_loss(config.model, above, x_BTD, tokens_BS, weights_BT)
+
+        def leave(sums: Bucket, grads: Bucket) -> Bucket:
+            return _scatter(jax.tree.map(jnp.add, sums, _fp32(grads)), mesh.shape["fsdp"])
+
+        layer = llama.make_layer(config.model, weights_BT.shape[1], None, one_by_one)
+        x_BTD, back_embed = jax.vjp(embed, below)
+        back_layers = []
+        for bucket in layers:
+            x_BTD, back = jax.vjp(layer, x_BTD, bucket)
+            back_layers.append(back)
+        loss, back_head, targets = jax.vjp(head, above, x_BTD, has_aux=True)
+
+        grads_above, dx_BTD = back_head(jnp.ones(()))
+        left = [leave(sums_above, grads_above)]
+        for back, sums_layer in zip(back_layers[::-1], sums_layers[::-1], strict=True):
+            dx_BTD, grads = back(dx_BTD)
+            # What left last has this layer's time to arrive. Without a word of when, the compiler
+            # works out all layers first and has nothing left to do meanwhile.
+            dx_BTD, grads, left[-1] = jax.lax.optimization_barrier((dx_BTD, grads, left[-1]))
+            left.append(leave(sums_layer, grads))
+        left.append(leave(sums_below, *back_embed(dx_BTD)))
+        return losses + loss, count + targets, _join(left[::-1])
+
+    def add_gathered(weights, batches: Batch) -> Sums:
+        """All micro-batches, with the weights gathered before and their gradients scattered.
+
+        The first and the last micro-batch stand outside the loop, their layers one by one: the
+        first works on a layer while the weights of the next arrive.
+        """
+        tokens_ABS, weights_ABT = batches
+        first, between, last = (
+            (tokens_ABS[part], weights_ABT[part]) for part in (0, slice(1, -1), -1)
+        )
+        buckets = [_gather(bucket) for bucket in _split(weights)]
+        sums = _no_sums(buckets)
+        if len(tokens_ABS) > 1:
+            sums = add(sums, buckets, first, one_by_one)
+            sums = add_all(sums, buckets, between)
+            # Begun before the others are done, the last one would need memory beside theirs.
+            sums, last = jax.lax.optimization_barrier((sums, last))
+        return add_and_scatter(sums, buckets, last)
+
+    def on_one_device(weights, tokens_ABS, weights_ABT):
+        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        batches = tokens_ABS, weights_ABT
+        if execution.gather == "layer":
+            losses, count, grads = add_all(_no_sums(weights), weights, batches, _gather_one)
+            grads = jax.lax.psum(grads, "data")
+        elif mesh.size > 1:
+            losses, count, grads = add_gathered(weights, batches)
+        else:
+            losses, count, grads = add_all(_no_sums(weights), weights, batches)
+        losses, count = jax.lax.psum((losses, count), BATCH_AXES)
+        return losses / count, jax.tree.map(lambda g: g / count, grads)
+
+    weights = llama.abstract_weights(config.model)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings(weights, mesh))
+    rows = batch_sharding(mesh, rows_axis=1).spec
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(specs, rows, rows),
+        out_specs=(P(), specs),
+        check_vma=False,  # kernels say nothing about which devices agree
+    )
+
+
+def _no_sums(weights) -> Sums:
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    return jnp.zeros(()), jnp.zeros(()), zeros
+
+
+def _fp32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _split(weights: Weights) -> list[Bucket]:
+    """The embedding, each layer, and what stands above them."""
+    blocks = {name: jnp.unstack(w_L) for name, w_L in weights["blocks"].items()}
+    layers = [dict(zip(blocks, layer, strict=True)) for layer in zip(*blocks.values(), strict=True)]
+    above = {name: w for name, w in weights.items() if name not in ("blocks", "embedding_VD")}
+    return [{"embedding_VD": weights["embedding_VD"]}, *layers, above]
+
+
+def _join(buckets: list[Bucket]) -> Weights:
+    """What `_split` has split."""
+    below, *layers, above = buckets
+    blocks = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return below | {"blocks": blocks} | above
+
+
+def _gather_one(name: str, part: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(part, "fsdp", axis=gather_axis(name, part.ndim), tiled=True)
+
+
+def _gather(parts: Bucket) -> Bucket:
+    """The whole weights of which this device holds parts, by one all-gather."""
+    # The axis that is split comes first, so that the parts of a weight stand one after the other.
+    leading = {name: jnp.moveaxis(p, gather_axis(name, p.ndim), 0) for name, p in parts.items()}
+    flat = jnp.concatenate([part.ravel() for part in leading.values()])
+    rows = jax.lax.all_gather(flat, "fsdp")
+    weights, start = {}, 0
+    for name, part in leading.items():
+        w = rows[:, start : start + part.size].reshape(-1, *part.shape[1:])
+        weights[name] = jnp.moveaxis(w, 0, gather_axis(name, w.ndim))
+        start += part.size
+    return weights
+
+
+def _scatter(grads: Bucket, devices: int) -> Bucket:
+    """This device's parts of the gradients' sums over all devices, by one reduce-scatter."""
+    leading = {name: jnp.moveaxis(g, gather_axis(name, g.ndim), 0) for name, g in grads.items()}
+    rows = jnp.concatenate([g.reshape(devices, -1) for g in leading.values()], axis=1)
+    flat = jax.lax.psum(jax.lax.psum_scatter(rows, "fsdp"), "data")
+    parts, start = {}, 0
+    for name, g in leading.items():
+        shape = g.shape[0] // devices, *g.shape[1:]
+        part = flat[start : start + math.prod(shape)].reshape(shape)
+        parts[name] = jnp.moveaxis(part, 0, gather_axis(name, part.ndim))
+        start += math.prod(shape)
+    return parts
