@@ -179,7 +179,7 @@ def plan(
         if backend == "cudnn":
             notes.append(
                 "The run takes cuDNN's attention, which cannot be compiled without a GPU: the "
-                "Pallas kernels, which keep the same arrays, stand in for it here."
+                "Pallas kernels stand in for it here."
             )
         say(f"compiling the step for {mesh_name}")
         program = read_program(compile_step(config, mesh))
