@@ -184,7 +184,7 @@ def plan(
         say(f"compiling the step for {mesh_name}")
         program = read_program(compile_step(config, mesh))
         peak, collectives = program.peak_bytes, list(program.collectives)
-        work = roofline.work_of_program(program)
+        work = roofline.work_of_program(program, config, devices)
         if not work.matmul_flops:  # TODO: goes with the stand-in of program.py
             work = roofline.work_by_formula(config, devices, fsdp)
     else:
@@ -210,12 +210,13 @@ def plan(
         planned.append(_planned(collective, mesh is not None, wire, exposed))
     exposed = sum(collective.exposed_seconds for collective in planned)
     fast = roofline.seconds(work, target) + exposed
-    step_seconds = (fast, fast * roofline.shortfall(target))
+    slow = roofline.published_seconds(config, devices, fsdp, target) + exposed
+    step_seconds = _range((fast, slow))
 
     model = config.model
     step_tokens = config.batch_rows * model.context
     total = config.rows_after(config.steps) * model.context
-    rates = _range(step_tokens / s for s in step_seconds)
+    rates = _range(step_tokens / time for time in step_seconds)
     days = _range(total / rate / 86400 for rate in rates)
     full, causal = (flops_per_token(model, causal=causal) for causal in (False, True))
     card_flops = devices * PEAK_FLOPS[target.device_kind]
@@ -245,7 +246,7 @@ def plan(
         ),
         collectives=tuple(planned),
         step_seconds=step_seconds,
-        exposed_communication_fraction=exposed / fast,
+        exposed_communication_fraction=exposed / step_seconds[0],
         tokens_per_second_per_device=_range(rate / devices for rate in rates),
         tokens_per_second=rates,
         mfu_full=_range(rate * full / card_flops for rate in rates),

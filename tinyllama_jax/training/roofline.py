@@ -3,7 +3,7 @@
 Predictions, made of what others measured; each constant names who did.
 """
 
-from dataclasses import dataclass
+import dataclasses
 
 from tinyllama_jax.config import TINYLLAMA_1B, Config, DataConfig, ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import CHIPS
@@ -11,7 +11,7 @@ from tinyllama_jax.runtime.targets import A100_40G, H100, NODE_DEVICES, Target
 from tinyllama_jax.training.program import Collective, Program
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Speeds:
     """Of one chip. The fast end of a prediction takes the first three, the slow end the last."""
 
@@ -50,16 +50,17 @@ SPEEDS = {
 # What elementwise work reaches of a card's bandwidth: assumed, as STREAM-like copies come close.
 BANDWIDTH_SHARE = 0.9
 # Bytes through memory beside matrix products and attention, for each byte that recompute
-# `elementwise` keeps: 6.2 MB a token over 0.88 MB, counted in the compiled step of the 1.1B.
-TRAFFIC_OF_KEPT_BYTE = 7.0
+# `elementwise` keeps, by `unroll_layers`: counted in the compiled step of the 1.1B, 7.2 and 10.9 MB
+# a token over 0.88 MB. Scanned layers copy what they keep into stacks and out again.
+TRAFFIC_OF_KEPT_BYTE = {True: 8.1, False: 12.4}
 # AdamW a parameter: weight, gradient and two moments read, three of them written (28 bytes), the
 # gradient read once more for its norm (4), and the weight written in bf16 (2).
 OPTIMIZER_TRAFFIC = 34
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one step."""
+    """What one device does in one step; attention by the count of `attention_flops`."""
 
     matmul_flops: float
     attention_flops: float
@@ -77,27 +78,40 @@ def kept_by_elementwise(model: LlamaConfig) -> int:
 def work_by_formula(config: Config, devices: int, fsdp: int) -> Work:
     """The work of a step without compiling it.
 
-    Matrix products: 2 FLOPs a weight forward and 4 backward; attention: 2 L N H T forward, causal,
-    and 2.5 times that backward. Recompute `layers` runs the forward pass of all layers twice.
+    Matrix products: 2 FLOPs a weight forward and 4 backward; attention: as `attention_flops`.
+    Recompute `layers` runs the forward products twice, but for those whose result is kept or not
+    needed again: the last of each layer.
     """
-    model = config.model
+    model, execution = config.model, config.execution
     tokens = config.batch_rows * model.context / devices
     norms = (2 * model.layers + 1) * model.width
     head = model.vocab_size * model.width
     in_layers = model.parameters() - 2 * head - norms
-    again = config.execution.recompute == "layers"
-    pairs = model.layers * model.query_heads * model.head_width * model.context
-    traffic = TRAFFIC_OF_KEPT_BYTE * model.layers * kept_by_elementwise(model)
+    again = in_layers - model.layers * model.width * model.swiglu_width
+    twice = execution.recompute == "layers"
+    traffic = TRAFFIC_OF_KEPT_BYTE[execution.unroll_layers] * kept_by_elementwise(model)
+    traffic *= model.layers
     return Work(
-        matmul_flops=tokens * (6 * (in_layers + head) + (2 * in_layers if again else 0)),
-        attention_flops=tokens * pairs * (9 if again else 7),
+        matmul_flops=tokens * (6 * (in_layers + head) + (2 * again if twice else 0)),
+        attention_flops=tokens * attention_flops(config),
         other_bytes=tokens * traffic + OPTIMIZER_TRAFFIC * model.parameters() / fsdp,
     )
 
 
-def work_of_program(program: Program) -> Work:
-    """The work of a step as it was compiled."""
-    return Work(program.matmul_flops, program.attention_flops, program.other_bytes)
+def attention_flops(config: Config) -> int:
+    """Of a token: 2 L N H T forward, causal, 2.5 times that backward; `layers` adds a forward pass.
+
+    The kernels' speeds are published for this count, whatever a kernel computes again inside.
+    """
+    model = config.model
+    pairs = model.layers * model.query_heads * model.head_width * model.context
+    return pairs * (9 if config.execution.recompute == "layers" else 7)
+
+
+def work_of_program(program: Program, config: Config, devices: int) -> Work:
+    """The work of a step as it was compiled; attention in the count of `attention_flops`."""
+    tokens = config.batch_rows * config.model.context / devices
+    return Work(program.matmul_flops, tokens * attention_flops(config), program.other_bytes)
 
 
 def chip_of(target: Target) -> str:
@@ -116,7 +130,7 @@ def seconds(work: Work, target: Target) -> float:
 
 
 def shortfall(target: Target) -> float:
-    """How many times longer than `seconds` a published run took for the same model."""
+    """How many times longer than the roofline a published run took."""
     speeds = SPEEDS[chip_of(target)]
     config = Config(
         run_folder="",
@@ -124,11 +138,18 @@ def shortfall(target: Target) -> float:
         data=DataConfig(),
         steps=10_000,
         batch_rows=1024,
-        execution=ExecutionConfig(recompute="elementwise"),
+        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
     )
     tokens = config.batch_rows * TINYLLAMA_1B.context / 16
     fastest = seconds(work_by_formula(config, 16, 16), speeds.published_on)
     return tokens / speeds.published / fastest
+
+
+def published_seconds(config: Config, devices: int, fsdp: int, target: Target) -> float:
+    """The time of a step at the speed of a published run: the roofline, and its shortfall."""
+    execution = dataclasses.replace(config.execution, unroll_layers=True)
+    config = dataclasses.replace(config, execution=execution)
+    return shortfall(target) * seconds(work_by_formula(config, devices, fsdp), target)
 
 
 def wire_seconds(
@@ -159,6 +180,7 @@ def wire_seconds(
 def exposed_seconds(collective: Collective, wire: float, target: Target) -> float:
     """What is left of a collective's time when the work beside it is done."""
     speeds = SPEEDS[chip_of(target)]
+    # As if all of it ran as fast as matrix products: attention is slower and hides more.
     beside = collective.overlapped_flops / speeds.matmul
     beside += collective.overlapped_bytes / (BANDWIDTH_SHARE * target.bandwidth)
     return max(0.0, wire - beside) if collective.asynchronous else wire
@@ -179,8 +201,8 @@ def assumptions(target: Target, network: float) -> list[str]:
         f"{speeds.attention / 1e12:.0f} TFLOP/s ({speeds.attention_source}), memory "
         f"{BANDWIDTH_SHARE * target.bandwidth / 1e12:.2f} TB/s ({BANDWIDTH_SHARE:.0%} of the "
         "card's, assumed)",
-        f"slow end: {shortfall(target):.2f} times the fast end's time, as a published run took: "
-        f"{speeds.published:,.0f} tokens/s a GPU ({speeds.published_source})",
+        f"slow end: {shortfall(target):.2f} times the roofline of unrolled layers, as in a published "
+        f"run of this size: {speeds.published:,.0f} tokens/s a GPU ({speeds.published_source})",
         f"network: {network * 8 / 1e9:.0f} Gb/s a node each way (--network), NVLink "
         f"{target.nvlink / 1e9:.0f} GB/s a GPU each way (data sheet)",
     ]
