@@ -201,8 +201,9 @@ def assumptions(target: Target, network: float) -> list[str]:
         f"{speeds.attention / 1e12:.0f} TFLOP/s ({speeds.attention_source}), memory "
         f"{BANDWIDTH_SHARE * target.bandwidth / 1e12:.2f} TB/s ({BANDWIDTH_SHARE:.0%} of the "
         "card's, assumed)",
-        f"slow end: {shortfall(target):.2f} times the roofline of unrolled layers, as in a published "
-        f"run of this size: {speeds.published:,.0f} tokens/s a GPU ({speeds.published_source})",
+        f"slow end: {shortfall(target):.2f} times the roofline of unrolled layers, as in a "
+        f"published run of this size: {speeds.published:,.0f} tokens/s a GPU "
+        f"({speeds.published_source})",
         f"network: {network * 8 / 1e9:.0f} Gb/s a node each way (--network), NVLink "
         f"{target.nvlink / 1e9:.0f} GB/s a GPU each way (data sheet)",
     ]
