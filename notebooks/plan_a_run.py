@@ -131,8 +131,8 @@ plt.show()
 # ## Days and dollars against chips
 #
 # From the left end of a bar, the roofline, to its right end, what published systems of this size
-# reached. More GPUs shorten the run and cost hardly more, as long as the network keeps up; the
-# prices are the made-up ones above.
+# reached. More GPUs shorten the run and make it a little dearer, because a step waits as long for
+# the network and has less work to do. The prices are the made-up ones above.
 
 # %%
 COLORS = {"a100": "#2e86ab", "a100_80g": "#1f4e79", "h100": "#f2a65a", "h200": "#b03a2e"}
