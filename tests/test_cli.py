@@ -40,7 +40,7 @@ def file(config, tmp_path):
 def test_help_names_every_verb(capsys):
     assert exit_code(["--help"]) == 0
     out = capsys.readouterr().out
-    for verb in ("train", "prepare", "tokenizer", "convert", "generate"):
+    for verb in ("train", "plan", "prepare", "tokenizer", "convert", "generate"):
         assert verb in out
         assert exit_code([verb, "--help"]) == 0
 
@@ -85,6 +85,8 @@ def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
         (["trian"], "no verb 'trian'"),
         (["train"], "Name a config"),
         (["train", "nowhere.py"], "no config file"),
+        (["plan"], "Name a config"),
+        (["plan", "nowhere.py", "--mesh", "a100_8"], "no config file"),
         (["generate", "nowhere", "--prompt", "x"], "no run"),
         (["generate", "nowhere"], "either --prompt"),
         (["convert", "nowhere", "out", "--to", "hf"], "no run"),

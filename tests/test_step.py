@@ -57,8 +57,9 @@ def test_one_times_eight_equals_eight_times_one(config, mesh):
     [
         ExecutionConfig(recompute="elementwise"),
         ExecutionConfig(recompute="layers", unroll_layers=True),
+        ExecutionConfig(unroll_layers=True),
         ExecutionConfig(recompute="elementwise", gather="layer"),
-        ExecutionConfig(recompute="layers", gather="layer", unroll_layers=True),
+        ExecutionConfig(recompute="layers", gather="layer"),
     ],
     ids=str,
 )

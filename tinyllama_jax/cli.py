@@ -1,37 +1,32 @@
 """The one command `tinyllama`, its verbs and its exit codes."""
 
+import contextlib
+import dataclasses
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from tinyllama_jax.config import Config, UserError, load_config, model_of_run, require
 
-# 0 done, 1 a check failed, 2 user error, 75 saved after a signal. The README has the whole table.
-DONE, CHECK_FAILED, USER_ERROR, SAVED_AFTER_SIGNAL = 0, 1, 2, 75
+# The README says what each means.
+DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
 
 CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on both sides
 
 
 def train(argv: Sequence[str]) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
-    usage = "tinyllama train CONFIG[:VARIANT] [--option value ...]"
-    if argv and argv[0] in ("-h", "--help"):
-        print(
-            f"{usage}\n\nconfigs/ holds the configs; `tinyllama train CONFIG --help` the options."
-        )
+    config = _config_first("train", argv)
+    if config is None:
         return DONE
-    require(
-        bool(argv) and not argv[0].startswith("-"), f"Name a config of configs/ first: {usage}."
-    )
-    config = tyro.cli(
-        Config, default=load_config(argv[0]), args=argv[1:], prog=f"tinyllama train {argv[0]}"
-    )
+    config = tyro.cli(Config, default=config, args=argv[1:], prog=f"tinyllama train {argv[0]}")
     from tinyllama_jax.training.loop import Diverged, run
 
     _say_if_gpu_idle()
@@ -40,6 +35,94 @@ def train(argv: Sequence[str]) -> int:
     except Diverged as error:
         print(f"tinyllama: {error}", file=sys.stderr)
         return CHECK_FAILED
+
+
+def _config_first(verb: str, argv: Sequence[str]) -> Config | None:
+    """The config that the first argument names; None where help was asked for, and given."""
+    usage = f"tinyllama {verb} CONFIG[:VARIANT] [--option value ...]"
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            f"{usage}\n\nconfigs/ holds the configs; `tinyllama {verb} CONFIG --help` the options."
+        )
+        return None
+    require(
+        bool(argv) and not argv[0].startswith("-"), f"Name a config of configs/ first: {usage}."
+    )
+    return load_config(argv[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Plan CONFIG on GPUs that need not be here; its own options are those of `train`."""
+
+    mesh: str
+    """CARD_COUNT: a100, a100_80g, h100 or h200, and how many, as in a100_16."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    data_axis: int = 1
+    """Groups of devices that each hold the whole state."""
+    network: float = 400
+    """Gb/s into, and out of, a node of 8 GPUs."""
+    price: float | None = None
+    """Dollars a GPU hour."""
+    tokens: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Tokens of sources whose datasets are not here: slimpajama 6e11 starcoder 3e11."""
+    json: bool = False
+    """JSON on stdout, instead of tables."""
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Say what CONFIG takes on GPUs that need not be here: memory, time, money."""
+    config = _config_first("plan", argv)
+    if config is None:
+        return DONE
+    options = tyro.cli(
+        PlanOptions,
+        default=PlanOptions(mesh=tyro.MISSING, config=config),
+        args=argv[1:],
+        prog=f"tinyllama plan {argv[0]}",
+    )
+    # A laptop's compiler is asked, not its devices; XLA's warnings are for those who run programs,
+    # and naming the frames of its stack traces takes it 20 s.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "LLVM_DISABLE_SYMBOLIZATION": "1"}
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    with _silent_stderr():
+        import jax
+
+        jax.devices()
+    from rich.console import Console
+
+    from tinyllama_jax.training.plan import plan as make_plan
+    from tinyllama_jax.training.plan_table import render
+
+    with Console(stderr=True, quiet=options.json).status("reading the config") as status:
+        found = make_plan(
+            options.config,
+            options.mesh,
+            data_axis=options.data_axis,
+            network=options.network,
+            price=options.price,
+            tokens=options.tokens,
+            say=status.update,
+        )
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        Console().print(render(found))
+    return DONE if found.fits else NOT_FIT
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """For libraries that write to it before they know that they should not."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def tokenizer(
@@ -209,6 +292,7 @@ def _say_if_gpu_idle() -> None:
 
 VERBS = {
     "train": train,
+    "plan": plan,
     "prepare": prepare,
     "tokenizer": tokenizer,
     "convert": convert,
@@ -229,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
-        if argv[0] == "train":
-            return train(argv[1:])
+        if argv[0] in ("train", "plan"):
+            return VERBS[argv[0]](argv[1:])
         return tyro.cli(VERBS[argv[0]], args=argv[1:], prog=f"tinyllama {argv[0]}")
     except UserError as error:
         print(f"tinyllama: {error}", file=sys.stderr)

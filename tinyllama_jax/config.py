@@ -57,6 +57,11 @@ class ExecutionConfig:
             "execution.gather is layer and execution.recompute is nothing, so every gathered "
             "weight would be kept: recompute elementwise or layers.",
         )
+        require(
+            self.gather == "step" or not self.unroll_layers,
+            "execution.unroll_layers needs whole weights and execution.gather is layer: "
+            "leave one of them out.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

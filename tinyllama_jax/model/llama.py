@@ -123,25 +123,31 @@ class Llama(nnx.Module):
 
     def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
         """The residual stream above the last block, (B, T, D)."""
-        x_BTD = gather("embedding_VD", self.embedding_VD[...])[tokens_BT]
-        layer = make_layer(self.config, tokens_BT.shape[1], segment_ids_BT, execution, gather)
+        x_BTD = embed({"embedding_VD": self.embedding_VD[...]}, tokens_BT, gather)
+        layer = make_layer(self.config, execution, tokens_BT.shape[1], segment_ids_BT, gather)
         # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-        if execution.unroll_layers:
-            # Cut at once: one slice a layer would add up as many gradients of all layers.
-            unstacked = {name: jnp.unstack(w_L) for name, w_L in stacked.items()}
-            for index in range(self.config.layers):
-                x_BTD = layer(x_BTD, {name: w_L[index] for name, w_L in unstacked.items()})
-        else:
-            x_BTD, _ = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)
-        return x_BTD
+        return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)[0]
+
+
+def embed(weights: Weights, tokens_BT: jax.Array, gather: Gather = whole) -> jax.Array:
+    """The residual stream below the first block, (B, T, D)."""
+    return gather("embedding_VD", weights["embedding_VD"])[tokens_BT]
 
 
 def make_layer(
-    config: LlamaConfig, T: int, segment_ids_BT, execution: ExecutionConfig, gather=whole
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    T: int,
+    segment_ids_BT: jax.Array | None = None,
+    gather: Gather = whole,
+    in_scan: bool = True,
 ) -> Callable[[jax.Array, Weights], jax.Array]:
-    """`layer(x_BTD, weights of a block) -> x_BTD`, which keeps for its backward pass what
-    `execution.recompute` lets it."""
+    """`layer(x_BTD, weights of one block) -> x_BTD`, for rows of T tokens.
+
+    It keeps for its backward pass what `execution.recompute` allows. The rest is computed again,
+    which a scan holds apart from the first time; outside of one (`in_scan`) it is said.
+    """
     rope = rope_tables(jnp.arange(T)[None], config)
     definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
 
@@ -153,8 +159,7 @@ def make_layer(
         return layer
     kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    # A scan keeps apart what is computed twice; without one the compiler would undo it.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=execution.unroll_layers)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
 
 
 def init_std(config: LlamaConfig) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import Config, require
@@ -59,7 +59,7 @@ def make_mesh(data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
+def check_fits(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError if the batch or the model cannot be split over the mesh."""
     rows = config.micro_rows
     require(

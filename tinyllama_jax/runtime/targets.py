@@ -1,7 +1,8 @@
 """GPUs that are not there, described well enough for XLA to compile for them.
 
 The descriptions are `stream_executor.GpuTargetConfigProto` in text form. Sizes and clocks are those
-that the CUDA driver reports for each card.
+that the CUDA driver reports for each card, as XLA records them in its own descriptions
+(xla/backends/gpu/target_config/specs); NVLink is of NVIDIA's data sheets.
 """
 
 import dataclasses
@@ -10,12 +11,18 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.config import UserError, require
+
+NODE_DEVICES = 8  # GPUs of a node, which NVLink joins
+
+
+class CompilerMissing(UserError):
+    """JAX's CUDA plugin is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One kind of card; memory in bytes, bandwidth in bytes a second."""
+    """One kind of card. Memory in bytes; its bandwidth and NVLink's each way in bytes a second."""
 
     device_kind: str
     capability: str
@@ -27,6 +34,7 @@ class Target:
     clock_ghz: float
     shared_memory: int
     shared_memory_per_block: int
+    nvlink: int
 
     def description(self) -> str:
         """The text that XLA reads."""
@@ -67,6 +75,13 @@ A100_40G = Target(
     clock_ghz=1.41,
     shared_memory=167_936,
     shared_memory_per_block=166_912,
+    nvlink=300_000_000_000,
+)
+A100_80G = dataclasses.replace(
+    A100_40G,
+    device_kind="NVIDIA A100-SXM4-80GB",
+    memory=85_100_068_864,
+    bandwidth=2_039_040_000_000,
 )
 H100 = Target(
     device_kind="NVIDIA H100 80GB HBM3",
@@ -79,14 +94,36 @@ H100 = Target(
     clock_ghz=1.98,
     shared_memory=233_472,
     shared_memory_per_block=232_448,
+    nvlink=450_000_000_000,
 )
+H200 = dataclasses.replace(
+    H100, device_kind="NVIDIA H200", memory=151_397_597_184, bandwidth=4_800_000_000_000
+)
+
+CARDS = {"a100": A100_40G, "a100_80g": A100_80G, "h100": H100, "h200": H200}
+
+
+def parse_mesh_name(name: str) -> tuple[Target, int]:
+    """(card, number of devices) of `CARD_COUNT`, as in `a100_80g_16`.
+
+    Raises:
+      UserError: no such card, or a count that fills no whole nodes.
+    """
+    card, _, count = name.rpartition("_")
+    devices = int(count) if count.isdecimal() else 0
+    require(
+        card in CARDS and 0 < devices and (devices <= NODE_DEVICES or devices % NODE_DEVICES == 0),
+        f"There is no mesh {name!r}: give CARD_COUNT, a card of {', '.join(CARDS)} and 1 to "
+        f"{NODE_DEVICES} devices or a multiple of {NODE_DEVICES}, such as a100_16 or h100_8.",
+    )
+    return CARDS[card], devices
 
 
 def absent_devices(target: Target, hosts: int = 1, per_host: int = 1) -> Sequence[Any]:
     """JAX devices to compile for: they lower and compile, and cannot run.
 
     Raises:
-      UserError: the CUDA plugin of JAX is not installed.
+      CompilerMissing: the CUDA plugin of JAX is not installed.
     """
     try:
         topology = topologies.get_topology_desc(
@@ -96,8 +133,8 @@ def absent_devices(target: Target, hosts: int = 1, per_host: int = 1) -> Sequenc
             topology=f"1x{hosts}x{per_host}",
         )
     except Exception as error:
-        raise UserError(
+        raise CompilerMissing(
             "Compiling for a GPU that is not here needs JAX's CUDA plugin: "
-            'pip install "tinyllama-jax[plan]".'
+            "pip install -e '.[plan]'."
         ) from error
     return topology.devices

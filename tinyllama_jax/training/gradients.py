@@ -1,6 +1,5 @@
 """The gradients of a step, and everything that crosses the network for them."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,39 +38,39 @@ def make_gradients(
       mesh: where.
       dtype: of matrix products, and of the weights that are gathered.
     """
-    execution = config.execution
-    one_by_one = dataclasses.replace(execution, unroll_layers=True)
+    model, execution = config.model, config.execution
 
-    def add(sums: Sums, weights, batch: Batch, execution=execution, gather=llama.whole) -> Sums:
+    def add(sums: Sums, weights: Weights, batch: Batch, gather=llama.whole) -> Sums:
+        """The sums with a micro-batch more."""
+
         def loss(weights):
-            weights = _join(weights) if isinstance(weights, list) else weights
-            return llama.loss(config.model, weights, *batch, execution, gather)
+            return llama.loss(model, weights, *batch, execution, gather)
 
         (losses, count), grads = jax.value_and_grad(loss, has_aux=True)(weights)
         return jax.tree.map(jnp.add, sums, (losses, count, _fp32(grads)))
 
-    def add_all(sums: Sums, weights, batches: Batch, gather=llama.whole) -> Sums:
-        def body(sums, batch):
-            return add(sums, weights, batch, gather=gather), None
+    def add_joined(sums: Sums, buckets: list[Bucket], batch: Batch) -> Sums:
+        losses, count, grads = add((*sums[:2], _join(sums[2])), _join(buckets), batch)
+        return losses, count, _split(grads)
 
-        return jax.lax.scan(body, sums, batches)[0]
+    def add_by_layer(sums: Sums, buckets: list[Bucket], batch: Batch, leave=_identity) -> Sums:
+        """As `add`, each layer on its own; what `leave` makes of a bucket's gradients is kept.
 
-    def add_and_scatter(sums: Sums, buckets: list[Bucket], batch: Batch) -> Sums:
-        """As `add`, by the layer: gradients leave while the layer below is at work."""
+        Without a word of when, the compiler works out all layers first, and has nothing left to do
+        while gradients leave, nor memory for what they are made of. So the layer below waits until
+        this one's gradients are there, and those of the layer above have left.
+        """
         losses, count, (sums_below, *sums_layers, sums_above) = sums
         below, *layers, above = buckets
         tokens_BS, weights_BT = batch
 
         def embed(below):
-            return below["embedding_VD"][tokens_BS[:, :-1]]
+            return llama.embed(below, tokens_BS[:, :-1])
 
         def head(above, x_BTD):
-            return llama.head_loss(config.model, above, x_BTD, tokens_BS, weights_BT)
+            return llama.head_loss(model, above, x_BTD, tokens_BS, weights_BT)
 
-        def leave(sums: Bucket, grads: Bucket) -> Bucket:
-            return _scatter(jax.tree.map(jnp.add, sums, _fp32(grads)), mesh.shape["fsdp"])
-
-        layer = llama.make_layer(config.model, weights_BT.shape[1], None, one_by_one)
+        layer = llama.make_layer(model, execution, weights_BT.shape[1], in_scan=False)
         x_BTD, back_embed = jax.vjp(embed, below)
         back_layers = []
         for bucket in layers:
@@ -79,22 +78,23 @@ def make_gradients(
             back_layers.append(back)
         loss, back_head, targets = jax.vjp(head, above, x_BTD, has_aux=True)
 
-        grads_above, dx_BTD = back_head(jnp.ones(()))
-        left = [leave(sums_above, grads_above)]
+        grads, dx_BTD = back_head(jnp.ones(()))
+        left = [leave(_sum(sums_above, grads))]
         for back, sums_layer in zip(back_layers[::-1], sums_layers[::-1], strict=True):
             dx_BTD, grads = back(dx_BTD)
-            # What left last has this layer's time to arrive. Without a word of when, the compiler
-            # works out all layers first and has nothing left to do meanwhile.
             dx_BTD, grads, left[-1] = jax.lax.optimization_barrier((dx_BTD, grads, left[-1]))
-            left.append(leave(sums_layer, grads))
-        left.append(leave(sums_below, *back_embed(dx_BTD)))
-        return losses + loss, count + targets, _join(left[::-1])
+            left.append(leave(_sum(sums_layer, grads)))
+        left.append(leave(_sum(sums_below, *back_embed(dx_BTD))))
+        return losses + loss, count + targets, left[::-1]
 
-    def add_gathered(weights, batches: Batch) -> Sums:
-        """All micro-batches, with the weights gathered before and their gradients scattered.
+    add_bucketed = add_by_layer if execution.unroll_layers else add_joined
 
-        The first and the last micro-batch stand outside the loop, their layers one by one: the
-        first works on a layer while the weights of the next arrive.
+    def sums_gathered_by_layer(weights: Weights, batches: Batch) -> Sums:
+        return _over(batches, _no_sums(weights), lambda s, b: add(s, weights, b, _gather_one))
+
+    def sums_gathered_by_step(weights: Weights, batches: Batch) -> Sums:
+        """The first and the last micro-batch stand outside the loop: the first works on a layer
+        while the weights of the next arrive, the last while the gradients of the one above leave.
         """
         tokens_ABS, weights_ABT = batches
         first, between, last = (
@@ -103,22 +103,32 @@ def make_gradients(
         buckets = [_gather(bucket) for bucket in _split(weights)]
         sums = _no_sums(buckets)
         if len(tokens_ABS) > 1:
-            sums = add(sums, buckets, first, one_by_one)
-            sums = add_all(sums, buckets, between)
+            sums = add_by_layer(sums, buckets, first)
+            sums = _over(between, sums, lambda s, b: add_bucketed(s, buckets, b))
             # Begun before the others are done, the last one would need memory beside theirs.
             sums, last = jax.lax.optimization_barrier((sums, last))
-        return add_and_scatter(sums, buckets, last)
 
-    def on_one_device(weights, tokens_ABS, weights_ABT):
+        def scatter(grads: Bucket) -> Bucket:
+            return _scatter(grads, mesh.shape["fsdp"])
+
+        return add_by_layer(sums, buckets, last, scatter)
+
+    def sums_on_one_device(weights: Weights, batches: Batch) -> Sums:
+        buckets = _split(weights)
+        return _over(batches, _no_sums(buckets), lambda s, b: add_bucketed(s, buckets, b))
+
+    def mean_gradients(weights, tokens_ABS, weights_ABT):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         batches = tokens_ABS, weights_ABT
         if execution.gather == "layer":
-            losses, count, grads = add_all(_no_sums(weights), weights, batches, _gather_one)
+            losses, count, grads = sums_gathered_by_layer(weights, batches)
             grads = jax.lax.psum(grads, "data")
         elif mesh.size > 1:
-            losses, count, grads = add_gathered(weights, batches)
+            losses, count, grads = sums_gathered_by_step(weights, batches)
+            grads = _join(grads)
         else:
-            losses, count, grads = add_all(_no_sums(weights), weights, batches)
+            losses, count, grads = sums_on_one_device(weights, batches)
+            grads = _join(grads)
         losses, count = jax.lax.psum((losses, count), BATCH_AXES)
         return losses / count, jax.tree.map(lambda g: g / count, grads)
 
@@ -126,7 +136,7 @@ def make_gradients(
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings(weights, mesh))
     rows = batch_sharding(mesh, rows_axis=1).spec
     return jax.shard_map(
-        on_one_device,
+        mean_gradients,
         mesh=mesh,
         in_specs=(specs, rows, rows),
         out_specs=(P(), specs),
@@ -139,8 +149,21 @@ def _no_sums(weights) -> Sums:
     return jnp.zeros(()), jnp.zeros(()), zeros
 
 
+def _over(batches: Batch, sums: Sums, add: Callable[[Sums, Batch], Sums]) -> Sums:
+    """Adds each micro-batch in turn, in a loop that is compiled once."""
+    return jax.lax.scan(lambda sums, batch: (add(sums, batch), None), sums, batches)[0]
+
+
 def _fp32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _sum(sums: Bucket, grads: Bucket) -> Bucket:
+    return jax.tree.map(jnp.add, sums, _fp32(grads))
+
+
+def _identity(bucket: Bucket) -> Bucket:
+    return bucket
 
 
 def _split(weights: Weights) -> list[Bucket]:
