@@ -1,24 +1,34 @@
 """The one command `tinyllama`, its verbs and its exit codes."""
 
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from tinyllama_jax.config import Config, UserError, load_config, model_of_run, require
+from tinyllama_jax.config import Config, Launch, UserError, load_config, model_of_run, require
 
-# 0 done, 1 a check failed, 2 user error, 75 saved after a signal. The README has the whole table.
+# 0 done, 1 a check failed, 2 user error, 75 saved after a signal; 124, the watchdog's, stands in
+# runtime/watch.py. The README has the whole table.
 DONE, CHECK_FAILED, USER_ERROR, SAVED_AFTER_SIGNAL = 0, 1, 2, 75
 
 CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on both sides
 
 
-def train(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `train` reads from the command line, under names without a prefix."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch()
+
+
+def train(argv: Sequence[str], devices: int | None = None) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
     usage = "tinyllama train CONFIG[:VARIANT] [--option value ...]"
     if argv and argv[0] in ("-h", "--help"):
@@ -29,17 +39,30 @@ def train(argv: Sequence[str]) -> int:
     require(
         bool(argv) and not argv[0].startswith("-"), f"Name a config of configs/ first: {usage}."
     )
-    config = tyro.cli(
-        Config, default=load_config(argv[0]), args=argv[1:], prog=f"tinyllama train {argv[0]}"
+    options = tyro.cli(
+        _Options,
+        default=_Options(load_config(argv[0])),
+        args=argv[1:],
+        prog=f"tinyllama train {argv[0]}",
+        description=Config.__doc__,
     )
+    from tinyllama_jax.runtime import processes
+    from tinyllama_jax.runtime.mesh import make_mesh
     from tinyllama_jax.training.loop import Diverged, run
 
-    _say_if_gpu_idle()
-    try:
-        return DONE if run(config) else SAVED_AFTER_SIGNAL
-    except Diverged as error:
-        print(f"tinyllama: {error}", file=sys.stderr)
-        return CHECK_FAILED
+    with processes.joined(options.launch, devices):
+        mesh = make_mesh(options.launch.data_axis)
+        _say_if_gpu_idle()
+        try:
+            return DONE if run(options.config, mesh) else SAVED_AFTER_SIGNAL
+        except Diverged as error:
+            print(f"tinyllama: {error}", file=sys.stderr)
+            return CHECK_FAILED
+
+
+def launch(devices: int | None = None) -> int:
+    """What a launch script does: `train` with its command line, on this many devices in all."""
+    return main(["train", *sys.argv[1:]], devices)
 
 
 def tokenizer(
@@ -216,8 +239,13 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code; user errors become one line on stderr."""
+def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
+    """Runs one verb and returns its exit code; user errors become one line on stderr.
+
+    Args:
+      argv: the command line, the process's own by default.
+      devices: how many `train` asks for; None: any number.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("tinyllama VERB ...\n")
@@ -230,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
         if argv[0] == "train":
-            return train(argv[1:])
+            return train(argv[1:], devices)
         return tyro.cli(VERBS[argv[0]], args=argv[1:], prog=f"tinyllama {argv[0]}")
     except UserError as error:
         print(f"tinyllama: {error}", file=sys.stderr)
