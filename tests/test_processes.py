@@ -1,6 +1,6 @@
 """One run in several processes: real ones, over loopback, stopped and broken in several ways."""
 
-import dataclasses
+import ipaddress
 import json
 import os
 import signal
@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from conftest import SMALL
 from test_loop import config_file, elsewhere, losses
@@ -19,14 +18,10 @@ from test_loop import config_file, elsewhere, losses
 from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
-    Launch,
     OptimizerConfig,
     SampleConfig,
-    UserError,
     ValidationConfig,
 )
-from tinyllama_jax.data import mixture
-from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.watch import PATIENCE, SILENCE
@@ -35,50 +30,46 @@ from tinyllama_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
-# What a config file does to the process that reads it, before it trains. `me` is its id.
+# What a config file does to the process that reads it, as it comes to the data of step `HERE`.
+HERE = 4
 PRELUDE = """
-import sys, time
+import os, sys, time
 from tinyllama_jax.training import loop
-me = int(sys.argv[sys.argv.index("--process-id") + 1]) if "--process-id" in sys.argv else 0
-put_batch, batches = loop.put_batch, 0
+me = int(sys.argv[sys.argv.index("--process-id") + 1])
+batches = loop._batches
 
-def before_batch():
-    {fault}
+def patched(config, rows, order, first_step):
+    for step, batch in enumerate(batches(config, rows, order, first_step), first_step + 1):
+        if step == {step}:
+            {fault}
+        yield batch
 
-def patched(*arguments, **options):
-    global batches
-    batches += 1  # two for each step
-    before_batch()
-    return put_batch(*arguments, **options)
-
-loop.put_batch = patched
+loop._batches = patched
 """
-SLOW = "time.sleep(0.1)"
 
 
 class Run:
     """Processes of one run, started together."""
 
-    def __init__(self, config, count, *options, fault=None, devices=1, script="cpu", own=()):
+    def __init__(self, config, count, *options, fault=None, step=HERE, own=()):
         self.config = config
         file = Path(config.run_folder).with_name(f"{Path(config.run_folder).name}.py")
         config_file(config, file)
         if fault is not None:
-            file.write_text(PRELUDE.format(fault=fault) + file.read_text())
+            file.write_text(PRELUDE.format(step=step, fault=fault) + file.read_text())
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.all = []
         for index in range(count):
-            command = [sys.executable, f"launch/{script}.py", str(file), *options]
-            if count > 1:
-                command += ["--coordinator", f"127.0.0.1:{self.port}"]
-                command += ["--num-processes", str(count), "--process-id", str(index)]
+            command = [sys.executable, "launch/cpu.py", str(file), *options]
+            command += ["--coordinator", f"127.0.0.1:{self.port}"]
+            command += ["--num-processes", str(count), "--process-id", str(index)]
             command += own[index] if own else []
             self.all.append(
                 subprocess.Popen(
                     command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
                 )
             )  # fmt: skip
 
@@ -158,12 +149,14 @@ def test_two_processes_make_the_run_of_one(small, alone):
     assert not (Path(config.run_folder) / "processes").exists()
 
 
-def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone):
+def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone, tmp_path):
     """Two processes, then four, then one: each stopped by a signal to another process."""
     config = elsewhere(small, "moved")
-    two = Run(config, 2, fault=SLOW)
+    go = tmp_path / "go"
+    hold = f"while not os.path.exists({str(go)!r}): time.sleep(0.02)"
+    two = Run(config, 2, fault=hold)
     try:
-        two.wait_for_step(2)
+        two.wait_for_step(HERE - 2)
         # The coordinator listens where it was told to, and nowhere else.
         assert listening(two.port) == {"127.0.0.1"}
         # A second writer is told who the first is; its other process leaves with it.
@@ -174,21 +167,25 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone):
         assert f"tinyllama: Process 0 on {socket.gethostname()}: {sentence}" in second[2]
     finally:
         two.all[1].send_signal(signal.SIGTERM)
+        go.touch()
     ends = two.finish()
     assert [code for code, _, _ in ends] == [75, 75], ends
     assert "Stopped by SIGTERM after step" in ends[0][1]
-    (stopped,) = Checkpoints(config.run_folder).steps()[-1:]
-    assert 2 <= stopped < 9 and max(losses(config)) == stopped
+    stopped = Checkpoints(config.run_folder).steps()
+    assert len(stopped) == 1 and HERE <= stopped[0] <= HERE + 2
+    assert max(losses(config)) == stopped[0]
 
-    four = Run(config, 4, fault=SLOW)
+    go.unlink()
+    four = Run(config, 4, fault=hold, step=8)
     try:
-        four.wait_for_step(stopped + 1)
+        four.wait_for_step(6)
     finally:
         four.all[0].send_signal(signal.SIGINT)
+        go.touch()
     ends = four.finish()
     assert [code for code, _, _ in ends] == [75] * 4, ends
     assert "Stopped by SIGINT" in ends[0][1]
-    assert stopped < Checkpoints(config.run_folder).steps()[-1] == max(losses(config)) < 10
+    assert 8 <= Checkpoints(config.run_folder).steps()[-1] == max(losses(config)) < 10
 
     assert loop.run(config, make_mesh(devices=jax.devices()[:1]))
     assert losses(config).keys() == losses(alone).keys()
@@ -204,14 +201,14 @@ def listening(port):
             local, _, state = line.split()[1:4]
             address, _, number = local.partition(":")
             if state == "0A" and int(number, 16) == port:
-                octets = bytes.fromhex(address)
-                v4 = len(octets) == 4
-                family = socket.AF_INET if v4 else socket.AF_INET6
-                found.add(socket.inet_ntop(family, octets[::-1] if v4 else octets))
+                # Words of 32 bits, each in the order of this machine.
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                ip = ipaddress.ip_address(b"".join(words))
+                found.add(str(getattr(ip, "ipv4_mapped", None) or ip))
     return found
 
 
-# What befalls process 1 at step 4, and how the others end: exit code, seconds, words of the line.
+# What befalls process 1, and how the others end: their exit code, and words of their last line.
 FAULTS = {
     "killed": ("os.kill(os.getpid(), 9)", 124, f"has not been heard of for {SILENCE:.0f} s"),
     "stopped": ("os.kill(os.getpid(), 19)", 124, f"has not been heard of for {SILENCE:.0f} s"),
@@ -222,15 +219,18 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def broken(small):
-    """Runs that each lose process 1 in another way, all at once: most of it is waiting."""
+    """Runs that each lose process 1 of three in another way, all at once: most of it is waiting."""
     runs = {}
     for name, (fault, *_) in FAULTS.items():
-        config = elsewhere(small, name, steps=40)
-        fault = f"import os\n    if me == 1 and batches == 7: {fault}"
-        runs[name] = Run(config, 3, fault=fault)
-    for run in runs.values():
-        run.wait_for_step(2)
-    yield runs
+        config = elsewhere(small, name, batch_rows=12)
+        runs[name] = Run(config, 3, fault=f"if me == 1: {fault}")
+    began = {}
+    while len(began) < len(runs):
+        for name in runs.keys() - began.keys():
+            if (Path(runs[name].config.run_folder) / "metrics.jsonl").exists():
+                began[name] = time.monotonic()
+        time.sleep(0.1)
+    yield runs, began
     for run in runs.values():
         run.kill()
 
@@ -238,18 +238,18 @@ def broken(small):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_lost_process_ends_all_with_a_line_that_names_it(broken, name):
     _, code, words = FAULTS[name]
-    run, start = broken[name], time.monotonic()
+    runs, began = broken
     for index in (0, 2):
-        out, err = run.all[index].communicate(timeout=60)
+        out, err = runs[name].all[index].communicate(timeout=60)
         told = [line for line in err.splitlines() if line.startswith("tinyllama:")]
-        assert run.all[index].returncode == code, out + err
-        assert len(told) == 1 and told[0].startswith(
-            f"tinyllama: process 1 on {socket.gethostname()} "
-        ), err
-        assert words in told[0]
+        assert runs[name].all[index].returncode == code, out + err
+        assert len(told) == 1, err
+        assert told[0].startswith(f"tinyllama: process 1 on {socket.gethostname()} ") and (
+            words in told[0]
+        )
         assert "Traceback" not in err and "Check failure" not in err
-    print(name, time.monotonic() - start)
+    print(name, time.monotonic() - began[name])
     if name == "broken":
-        out, err = run.all[1].communicate(timeout=60)
-        assert run.all[1].returncode == 1
+        out, err = runs[name].all[1].communicate(timeout=60)
+        assert runs[name].all[1].returncode == 1
         assert "Traceback" in err and "no such luck" in err

@@ -98,7 +98,7 @@ class Watch:
             raise
         if self._count > 1:
             self._leave(0, "")
-            while self._folder.is_dir() and not self._others_left():
+            while self._folder.is_dir() and not all(map(self._has_left, range(self._count))):
                 self._ended.wait(BEAT / 20)
         self._ended.set()
         self._thread.join()
@@ -235,15 +235,16 @@ class Watch:
         self._left = {"code": code, "reason": reason}
         self._write()
 
-    def _others_left(self) -> bool:
-        states = [self._read(process) for process in range(self._count) if process != self._me]
-        return all(state is not None and state["left"] for state in states)
+    def _has_left(self, process: int) -> bool:
+        state = self._read(process)
+        return state is not None and state["left"] is not None
 
     def _linger(self) -> None:
         """Lets the others go first: process 0 serves JAX's coordinator, without which they are
         aborted before they can say why they leave."""
         deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline and not self._others_left():
+        alive = [p for p, seen in enumerate(self._seen) if p != self._me and seen.silent < SILENCE]
+        while time.monotonic() < deadline and not all(map(self._has_left, alive)):
             time.sleep(BEAT / 20)
         time.sleep(BEAT / 4)
 
