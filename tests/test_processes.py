@@ -18,10 +18,13 @@ from test_loop import config_file, elsewhere, losses
 from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
+    Launch,
     OptimizerConfig,
     SampleConfig,
+    UserError,
     ValidationConfig,
 )
+from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.watch import PATIENCE, SILENCE
@@ -129,24 +132,41 @@ def alone(small) -> Config:
 
 
 def test_two_processes_make_the_run_of_one(small, alone):
-    config = elsewhere(small, "two")
-    first, second = Run(config, 2, "--data-axis", "2").finish()
+    """All that it leaves, from the weights of another run on; and once more when it is damaged."""
+    theirs = elsewhere(small, "theirs", init_from=alone.run_folder)
+    ours = elsewhere(small, "ours", init_from=alone.run_folder)
+    assert loop.run(theirs, make_mesh(devices=jax.devices()[:1]))
+    first, second = Run(ours, 2).finish()
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    ours, theirs = read_metrics(config.run_folder), read_metrics(alone.run_folder)
+    assert_alike(ours, theirs)
+    folder = Path(ours.run_folder)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["mesh"] == {"data": 1, "fsdp": 2} and environment["processes"] == 2
+    assert environment["began_with"]["sha256"]
+    # The first speaks for both; what they told each other is gone.
+    assert "unigram" in first[1] and "step 10/10" in first[1]
+    assert not lines(second[1])
+    assert not (folder / "processes").exists()
+
+    (folder / "checkpoints" / "10" / "sha256.json").write_text("{")
+    first, second = Run(ours, 2).finish()
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "Checkpoint 10" in first[1] and "passed over" in first[1] and not lines(second[1])
+    assert_alike(ours, theirs)
+    assert Checkpoints(folder).steps() == [5, 10] and (folder / "damaged" / "10").is_dir()
+
+
+def assert_alike(config, other):
+    """Losses, validations, tokens read and samples are those of another run."""
+    ours, theirs = read_metrics(config.run_folder), read_metrics(other.run_folder)
     assert ours.keys() == theirs.keys()
     for step, values in theirs.items():
         assert ours[step].keys() == values.keys()
         for name, value in values.items():
             if not name.startswith("perf/"):
                 assert ours[step][name] == pytest.approx(value, rel=1e-5), (step, name)
-    samples = [Path(c.run_folder) / "samples" / "0000010.txt" for c in (config, alone)]
+    samples = [Path(c.run_folder) / "samples" / "0000010.txt" for c in (config, other)]
     assert samples[0].read_text() == samples[1].read_text()
-    environment = json.loads((Path(config.run_folder) / "environment.json").read_text())
-    assert environment["mesh"] == {"data": 2, "fsdp": 1} and environment["processes"] == 2
-    # The first speaks for both; what they told each other is gone.
-    assert "unigram" in first[1] and "step 10/10" in first[1]
-    assert not lines(second[1])
-    assert not (Path(config.run_folder) / "processes").exists()
 
 
 def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone, tmp_path):
@@ -176,7 +196,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone, 
     assert max(losses(config)) == stopped[0]
 
     go.unlink()
-    four = Run(config, 4, fault=hold, step=8)
+    four = Run(config, 4, "--data-axis", "2", fault=hold, step=8)
     try:
         four.wait_for_step(6)
     finally:
@@ -219,37 +239,192 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def broken(small):
-    """Runs that each lose process 1 of three in another way, all at once: most of it is waiting."""
-    runs = {}
+    """Runs that each lose process 1 in another way, all at once since most of it is waiting: what
+    each process left with and said on stderr, and after how many seconds."""
+    runs, marks, ends = {}, {}, {}
     for name, (fault, *_) in FAULTS.items():
         config = elsewhere(small, name, batch_rows=12)
-        runs[name] = Run(config, 3, fault=f"if me == 1: {fault}")
-    began = {}
-    while len(began) < len(runs):
-        for name in runs.keys() - began.keys():
-            if (Path(runs[name].config.run_folder) / "metrics.jsonl").exists():
-                began[name] = time.monotonic()
+        marks[name] = Path(config.run_folder).with_name(f"{name}.mark")
+        fault = f"if me == 1: open({str(marks[name])!r}, 'w').close(); {fault}"
+        runs[name] = Run(config, 3 if name == "killed" else 2, fault=fault)
+    deadline = time.time() + 180
+    while time.time() < deadline:
+        for name, run in runs.items():
+            for index, process in enumerate(run.all):
+                if (name, index) not in ends and process.poll() is not None:
+                    seconds = time.time() - marks[name].stat().st_mtime
+                    ends[name, index] = process.returncode, process.communicate()[1], seconds
+        if len(ends) == sum(len(run.all) for run in runs.values()) - 1:  # the stopped one is left
+            break
         time.sleep(0.1)
-    yield runs, began
     for run in runs.values():
         run.kill()
+    return ends
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_lost_process_ends_all_with_a_line_that_names_it(broken, name):
-    _, code, words = FAULTS[name]
-    runs, began = broken
-    for index in (0, 2):
-        out, err = runs[name].all[index].communicate(timeout=60)
+    _, wanted, words = FAULTS[name]
+    for index in (0, 2) if name == "killed" else (0,):
+        code, err, seconds = broken[name, index]
         told = [line for line in err.splitlines() if line.startswith("tinyllama:")]
-        assert runs[name].all[index].returncode == code, out + err
-        assert len(told) == 1, err
-        assert told[0].startswith(f"tinyllama: process 1 on {socket.gethostname()} ") and (
-            words in told[0]
-        )
+        assert (code, len(told)) == (wanted, 1), err
+        assert told[0].startswith(f"tinyllama: process 1 on {socket.gethostname()} ")
+        assert words in told[0]
         assert "Traceback" not in err and "Check failure" not in err
-    print(name, time.monotonic() - began[name])
-    if name == "broken":
-        out, err = runs[name].all[1].communicate(timeout=60)
-        assert runs[name].all[1].returncode == 1
-        assert "Traceback" in err and "no such luck" in err
+        assert seconds < 60
+        print(f"{name}: process {index} left after {seconds:.1f} s")
+
+
+def test_the_broken_process_says_why_it_ends(broken):
+    code, err, _ = broken["broken", 1]
+    assert code == 1 and "Traceback" in err and "no such luck" in err
+    code, err, seconds = broken["asleep", 1]
+    assert code == 124 and FAULTS["asleep"][2] in err and seconds < 60
+
+
+def test_an_error_of_one_process_ends_both_with_its_sentence(small, tmp_path):
+    own = [[], ["--data.tokenizer", str(tmp_path / "none.model")]]
+    first, second = Run(elsewhere(small, "one"), 2, own=own).finish()
+    assert (first[0], second[0]) == (2, 2)
+    assert f"Process 1 on {socket.gethostname()}: There is no tokenizer" in first[2]
+    assert "tinyllama: There is no tokenizer" in second[2]
+    assert not Path(elsewhere(small, "one").run_folder).exists()
+
+
+def test_what_must_be_equal_is_compared_and_the_process_named(monkeypatch):
+    def every(text):
+        host, facts = json.loads(text)
+        return [text, text, json.dumps([host, facts | {"config": {"seed": 1, "steps": 3}}])]
+
+    monkeypatch.setattr(processes, "every", every)
+    facts = {"config": {"seed": 0, "steps": 2}, "version": {"jax": "0.10.2"}}
+    with pytest.raises(UserError, match=r"Process 2 on .*config.seed: 0 -> 1; config.steps: 2 ->"):
+        processes.check_alike(facts)
+    monkeypatch.setattr(processes, "every", lambda text: [text, text])
+    processes.check_alike(facts)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node007", "node007"),
+        ("node007,other3", "node007"),
+        ("node[007-010,012],other3", "node007"),
+        ("gpu-a[3,5]", "gpu-a3"),
+    ],
+)
+def test_a_slurm_step_says_who_is_who(nodes, host):
+    step = {
+        "SLURM_JOB_ID": "1234567", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": nodes,
+        "SLURM_PROCID": "1", "SLURM_NTASKS": "2",
+    }  # fmt: skip
+    assert processes.slurm_step(step) == (f"{host}:24567", 2, 1)
+    # A batch script or a step of one task, which have most of these variables too, are alone.
+    assert processes.slurm_step(step | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    del step["SLURM_STEP_NUM_TASKS"]
+    assert processes.slurm_step(step) is None
+
+
+def test_a_step_of_slurm_needs_no_options(monkeypatch):
+    """What JAX is asked for: all devices of the machine, and one address to listen at."""
+    step = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2",
+    }  # fmt: skip
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(jax.config, "update", lambda *a: None)
+    with processes.joined(Launch(), None):
+        pass
+    ((place, options),) = asked
+    assert place == ("localhost:20001", 2, 0)
+    assert options["coordinator_bind_address"] == "127.0.0.1:20001"
+    assert options["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "words"),
+    [
+        ("node1", "give HOST:PORT"),
+        ("localhost:99999", "give HOST:PORT"),
+        ("no.such.host.invalid:23456", "has no address"),
+        ("192.0.2.1:23456", "cannot listen"),  # of documentation: no machine has it
+    ],
+)
+def test_an_address_that_cannot_serve_is_refused(coordinator, words):
+    with pytest.raises(UserError, match=words):
+        processes.address_to_bind(coordinator)
+
+
+def test_the_address_that_is_bound_is_one_alone(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UserError, match="a free port"):
+            processes.address_to_bind(f"127.0.0.1:{other.getsockname()[1]}")
+    assert processes.address_to_bind("localhost:23456") == "127.0.0.1:23456"
+    # Some systems give a machine's own name the address 127.0.1.1, which others cannot reach.
+    info = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 23456))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [info])
+    with pytest.raises(UserError, match="no other machine can connect"):
+        processes.address_to_bind("node1:23456")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coordinator": "node1:1"}, "belong together"),
+        ({"process_id": 0}, "belong together"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "count the processes from 0"),
+        ({"data_axis": 0}, "--data-axis is 0"),
+    ],
+)
+def test_launch_options_that_cannot_be_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        Launch(**options)
+
+
+SCRIPTS = {"gpu_1": 1, "a100_8": 8, "a100_16": 16, "h100_8": 8}
+
+
+@pytest.mark.parametrize(("script", "devices"), SCRIPTS.items())
+def test_a_launch_script_asks_for_its_devices(small, tmp_path, script, devices):
+    file = config_file(elsewhere(small, "never"), tmp_path / "config.py")
+    text = (ROOT / "launch" / f"{script}.py").read_text()
+    assert f"launch(devices={devices})" in text and f"python launch/{script}.py CONFIG" in text
+    if script == "a100_16":
+        command = [sys.executable, f"launch/{script}.py", file]
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "for 16 devices in all, and there are 2 in each of 1 processes" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a100_8", "a100_16"])
+def test_a_batch_script_queues_again_what_a_signal_saved(name, tmp_path):
+    file = ROOT / "launch" / "slurm" / f"{name}.sbatch"
+    assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+    text = file.read_text()
+    for line in ("--signal=TERM@300", "--requeue", f"--nodes={2 if name == 'a100_16' else 1}"):
+        assert f"#SBATCH {line}\n" in text
+    # In the place of Slurm's: srun ends with a code, scontrol says what it is asked for.
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\nexit "$CODE"\n')
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho scontrol "$@"\n')
+    for tool in tmp_path.iterdir():
+        tool.chmod(0o755)
+    for code in (0, 2, 75, 124):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
+        done = subprocess.run(
+            ["bash", str(file), "configs/x.py", "--run-folder", "a b"],
+            env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code
+        said = done.stdout.splitlines()
+        assert said[0] == (
+            f"--kill-on-bad-exit=1 --wait=60 python launch/{name}.py configs/x.py --run-folder a b"
+        )
+        assert said[1:] == (["scontrol requeue 7"] if code == 75 else [])

@@ -381,13 +381,13 @@ class Launch:
     """Where a run is computed, which decides no number of it but by rounding."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, for one process on each of several machines. Found under Slurm."""
+    """HOST:PORT of process 0; Slurm's is found."""
     num_processes: int | None = None
-    """How many processes there are. Found under Slurm."""
+    """How many processes, one a machine; Slurm's is found."""
     process_id: int | None = None
-    """Which one this is, from 0. Found under Slurm."""
+    """Which one this is, from 0; Slurm's is found."""
     data_axis: int = 1
-    """Groups of devices that each hold a whole state; it is split over the devices of a group."""
+    """Groups of devices that each hold the whole state."""
 
     def __post_init__(self):
         given = (self.coordinator, self.num_processes, self.process_id)

@@ -36,6 +36,7 @@ from tinyllama_jax.config import (
 
 CRASHED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
+MEETING = 300  # seconds for all processes to start
 LINGER = 5.0  # seconds that process 0 leaves after the others, when there was an error
 
 
@@ -121,20 +122,20 @@ def joined(launch: Launch, devices: int | None) -> Iterator[None]:
         # JAX would bind all interfaces, and anyone who connects can end the run. A process counts
         # as dead for JAX after 100 s without a heartbeat, later than for us, who can name it.
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
-        try:
-            jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                cluster_detection_method="deactivate",
-                coordinator_bind_address=address_to_bind(coordinator) if process == 0 else None,
-            )
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(
-                f"Process {process} of {processes} found no others at {coordinator} "
-                f"({str(error).splitlines()[0][:200]}): start all of them, each with its own "
-                "--process-id, where this address can be reached."
-            ) from None
+        address = address_to_bind(coordinator) if process == 0 else None
+        # Before JAX gives up itself, which it does by aborting with a page of C++.
+        alone = threading.Timer(MEETING, _give_up, [process, processes, coordinator])
+        alone.daemon = True
+        alone.start()
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate",
+            initialization_timeout=2 * MEETING,
+            coordinator_bind_address=address,
+        )
+        alone.cancel()
         _check_devices(devices)
         yield
     except BaseException as error:
@@ -147,10 +148,20 @@ def joined(launch: Launch, devices: int | None) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
+def _give_up(process: int, processes: int, coordinator: str) -> None:
+    tell(
+        UserError(
+            f"Process {process} waited {MEETING} s for all {processes} processes to meet at "
+            f"{coordinator}: start each with its own --process-id, where this address is reached."
+        )
+    )
+    os._exit(USER_ERROR)
+
+
 def _check_devices(wanted: int | None) -> None:
     try:
         found = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX, if CUDA is broken
         raise UserError(
             f"JAX finds no device ({str(error).splitlines()[0][:200]}): on GPUs, "
             "pip install 'tinyllama-jax[gpu]'; `tinyllama train` takes what is there."
@@ -163,9 +174,10 @@ def _check_devices(wanted: int | None) -> None:
     )
     require(
         wanted in (None, len(found)),
-        f"This launch script is for {wanted} devices, and {processes} x {each[0]} are at hand: "
-        "start it in one process on each node (--coordinator, --num-processes, --process-id), "
-        "choose devices with CUDA_VISIBLE_DEVICES, or run `tinyllama train`, which takes any.",
+        f"This launch script is for {wanted} devices in all, and there are {each[0]} in each of "
+        f"{processes} processes: start one on every node (--coordinator, --num-processes, "
+        "--process-id), choose devices by CUDA_VISIBLE_DEVICES, or run `tinyllama train`, which "
+        "takes any number.",
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from tinyllama_jax.config import write_aside
 from tinyllama_jax.runtime import processes
@@ -26,6 +25,8 @@ class Metrics:
         self._file = None
         if not processes.is_first():
             return
+        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one
+
         path = run_folder / FILE
         # The steps after the checkpoint are made again. Lines of theirs that stayed would be read
         # as this run's: those of a run whose checkpoints were removed, or of a step now left out.
