@@ -1,10 +1,12 @@
 """Who is still there: signs of life of all processes, and the end of a run that stands still."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -79,6 +81,10 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._count > 1:
             self._meet()
+        if self._me > 0:
+            # Not `signal.signal`: the main thread runs its handlers, and waits in a collective.
+            self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
         self._thread.start()
 
     def at(self, phase: str, step: int) -> None:
@@ -139,6 +145,15 @@ class Watch:
         self._error = error
         if self._me == 0:
             self._linger()
+
+    def _abort(self, number: int) -> None:
+        """What SIGABRT does: JAX aborts a process at once when process 0, which serves its
+        coordinator, is gone. That is held until the thread has said so and ended this process; an
+        abort while process 0 lives is this process's own."""
+        time.sleep(4 * BEAT)
+        if self._seen[0].silent > 2 * BEAT:
+            time.sleep(SILENCE)
+        os._exit(128 + number)
 
     def _run(self) -> None:
         last = time.monotonic()
