@@ -39,7 +39,7 @@ PATIENCE = {
 STANDSTILL = 3600  # seconds, at least, where nobody is ahead: then all are equally slow
 
 LINGER = 10.0  # seconds that process 0 waits for the others to leave first
-UNWINDING = 60.0  # seconds that a process with an error has to close its files
+UNWINDING = 120.0  # seconds that a process with an error has to close its files
 
 
 @dataclasses.dataclass
@@ -51,6 +51,25 @@ class _Seen:
     still: float = 0.0
 
 
+@contextlib.contextmanager
+def watched(run_folder: Path) -> Iterator["Watch"]:
+    """Leaves the block with all other processes, or tells them at once why it did not.
+
+    All processes together.
+
+    Raises:
+      UserError: the processes do not see each other's files.
+    """
+    watch = Watch(run_folder)
+    watch.start()
+    try:
+        yield watch
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    watch.leave()
+
+
 class Watch:
     """Signs of life of all processes, in `RUN/processes/`, and the end of a run that stands still.
 
@@ -58,11 +77,6 @@ class Watch:
     reader's own clock, and only time that the thread itself lived through: a laptop that slept, or
     a job that was suspended, is not late. Since all processes run one program, the number of
     `at` calls says who is behind. One process writes nothing and only notices a standstill.
-
-    All processes together, when it is made.
-
-    Raises:
-      UserError: the processes do not see each other's files.
     """
 
     def __init__(self, run_folder: Path):
@@ -79,37 +93,52 @@ class Watch:
         self._ended = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        if self._count > 1:
-            self._meet()
-        if self._me > 0:
-            # Not `signal.signal`: the main thread runs its handlers, and waits in a collective.
-            self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
-            ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
-        self._thread.start()
+        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
 
     def at(self, phase: str, step: int) -> None:
         """Says what this process does next: a phase of `PATIENCE`."""
         assert phase in PATIENCE
         self._place = (self._place[0] + 1, phase, step)
 
-    @contextlib.contextmanager
-    def leaving_together(self) -> Iterator[None]:
-        """Leaves the block with all other processes, or tells them at once why it did not."""
-        try:
-            yield
-        except BaseException as error:
-            if self._count > 1:
-                self._fail(error)
-            self._ended.set()
-            raise
+    def start(self) -> None:
         if self._count > 1:
-            self._leave(0, "")
+            self._meet()
+        if self._me > 0:
+            # Not `signal.signal`: the main thread runs its handlers, and waits in a collective.
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Waits until all processes are here."""
+        if self._count > 1:
+            self._sign_off(0, "")
             while self._folder.is_dir() and not all(map(self._has_left, range(self._count))):
-                self._ended.wait(BEAT / 20)
+                time.sleep(BEAT / 20)
         self._ended.set()
         self._thread.join()
-        if self._count > 1 and self._me == 0:
+        if self._me > 0:
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)
+        elif self._count > 1:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others of an error, unless it only shows that one of them is gone."""
+        if self._count == 1:
+            self._ended.set()
+            return
+        if _may_be_anothers(error):
+            # Long enough to find out who is; then the thread ends this process.
+            time.sleep(SILENCE + 5 * BEAT)
+        code = exit_code(error)
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        self._sign_off(
+            code,
+            f"process {self._me} on {self._host} left with exit code {code} ({kind}{first_line})",
+        )
+        self._error = error
+        if self._me == 0:
+            self._linger()
 
     def _meet(self) -> None:
         """Writes the first sign of life, and waits for everyone's."""
@@ -129,22 +158,6 @@ class Watch:
                 f"{self._folder} shows nothing of process {sorted(missing)}: --run-folder must lie "
                 "on a disk that all machines share.",
             )
-
-    def _fail(self, error: BaseException) -> None:
-        """Tells the others of an error, unless it only shows that one of them is gone."""
-        if _may_be_anothers(error):
-            # Long enough to find out who is; then the thread ends this process.
-            time.sleep(SILENCE + 5 * BEAT)
-        code = exit_code(error)
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        self._leave(
-            code,
-            f"process {self._me} on {self._host} left with exit code {code} ({kind}{first_line})",
-        )
-        self._error = error
-        if self._me == 0:
-            self._linger()
 
     def _abort(self, number: int) -> None:
         """What SIGABRT does: JAX aborts a process at once when process 0, which serves its
@@ -173,7 +186,7 @@ class Watch:
                 Console().show_cursor()  # which a progress bar hides
                 print(f"tinyllama: {line}", file=sys.stderr, flush=True)
                 if self._count > 1:
-                    self._leave(code, line)
+                    self._sign_off(code, line)
                     if self._me == 0:
                         self._linger()
                 os._exit(code)
@@ -246,7 +259,7 @@ class Watch:
         except (OSError, ValueError):
             return None
 
-    def _leave(self, code: int, reason: str) -> None:
+    def _sign_off(self, code: int, reason: str) -> None:
         self._left = {"code": code, "reason": reason}
         self._write()
 

@@ -31,7 +31,7 @@ from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
-from tinyllama_jax.runtime.watch import Watch
+from tinyllama_jax.runtime.watch import watched
 from tinyllama_jax.training import warm_start
 from tinyllama_jax.training.flops import mfu
 from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
@@ -77,10 +77,9 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     folder = Path(config.run_folder)
 
     with locked(folder), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        watch = Watch(folder)
         checkpoints = Checkpoints(folder, config.checkpoint)
         stack.callback(checkpoints.close)
-        stack.enter_context(watch.leaving_together())
+        watch = stack.enter_context(watched(folder))
         state, origin = _start(config, mesh, checkpoints, fingerprint, source)
         first_step = int(state["step"])
         metrics = Metrics(folder, first_step)
