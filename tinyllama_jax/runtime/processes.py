@@ -57,19 +57,21 @@ def slurm_step(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
     return f"{host}:{port}", processes, int(environment["SLURM_PROCID"])
 
 
+def host_and_port(coordinator: str) -> tuple[str, int]:
+    """The parts of HOST:PORT; raises `UserError` where they are none."""
+    match = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", coordinator)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise UserError(f"--coordinator is {coordinator}: give HOST:PORT, as in node1:23456.")
+    return match[1], int(match[2])
+
+
 def address_to_bind(coordinator: str) -> str:
     """The one numeric address HOST:PORT of this machine that the others will connect to.
 
     Raises:
       UserError: no such address on this machine, one that others cannot reach, or a port in use.
     """
-    match = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", coordinator)
-    require(
-        match is not None and 0 < int(match[2]) < 65536,
-        f"--coordinator is {coordinator}: give HOST:PORT, as in node1:23456.",
-    )
-    assert match is not None
-    host, port = match[1], int(match[2])
+    host, port = host_and_port(coordinator)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -118,6 +120,7 @@ def joined(launch: Launch, devices: int | None) -> Iterator[None]:
         _check_devices(devices)
         yield
         return
+    host_and_port(coordinator)
     try:
         # JAX would bind all interfaces, and anyone who connects can end the run. A process counts
         # as dead for JAX after 100 s without a heartbeat, later than for us, who can name it.
