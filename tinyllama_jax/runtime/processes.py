@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -251,8 +252,6 @@ def check_alike(facts: dict[str, Any]) -> None:
 
 def software() -> dict[str, str]:
     """Versions that must be the same in every process."""
-    from importlib.metadata import version
-
     packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 

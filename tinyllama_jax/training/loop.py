@@ -71,8 +71,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     mesh = make_mesh() if mesh is None else mesh
     with processes.together():
         tokenizer, names, order, train_rows, held_out_rows, fingerprint = _check(config, mesh)
-    packages = processes.software()
-    processes.check_alike({"config": to_json(config), "data": fingerprint, "version": packages})
+    facts = {"config": to_json(config), "data": fingerprint, "version": processes.software()}
+    processes.check_alike(facts)
     source = warm_start.find_source(config)
     folder = Path(config.run_folder)
 
@@ -94,7 +94,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             )
             return True
         if processes.is_first():
-            _describe_run(folder, config, mesh, origin, packages)
+            _describe_run(folder, config, mesh, origin)
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config, mesh)
@@ -299,15 +299,15 @@ def _batches(
         yield from itertools.islice(batches, end - start)
 
 
-def _describe_run(
-    folder: Path, config: Config, mesh: Mesh, origin: dict | None, packages: dict[str, str]
-) -> None:
+def _describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict | None) -> None:
     """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
+    packages = processes.software()
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     environment = {
+        "python": packages.pop("python"),
         "packages": packages,
         "processes": jax.process_count(),
         "devices": [device.device_kind for device in mesh.devices.flat],
