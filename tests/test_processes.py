@@ -57,7 +57,7 @@ class Run:
     """Processes of one run, started together."""
 
     def __init__(self, config, count, *options, fault=None, step=HERE, own=()):
-        self.config = config
+        self.config, self.all = config, []
         file = Path(config.run_folder).with_name(f"{Path(config.run_folder).name}.py")
         config_file(config, file)
         if fault is not None:
@@ -65,7 +65,6 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.all = []
         for index in range(count):
             command = [sys.executable, "launch/cpu.py", str(file), *options]
             command += ["--coordinator", f"127.0.0.1:{self.port}"]
@@ -147,8 +146,7 @@ def test_two_processes_make_the_run_of_one(small, alone):
     assert environment["began_with"]["sha256"]
     # The first speaks for both; what they told each other is gone.
     assert "unigram" in first[1] and "step 10/10" in first[1]
-    assert not lines(second[1])
-    assert not (folder / "processes").exists()
+    assert not lines(second[1]) and not (folder / "processes").exists()
 
     (folder / "checkpoints" / "10" / "sha256.json").write_text("{")
     first, second = Run(ours, 2).finish()
@@ -167,8 +165,8 @@ def assert_alike(config, other):
         for name, value in values.items():
             if not name.startswith("perf/"):
                 assert ours[step][name] == pytest.approx(value, rel=1e-5), (step, name)
-    samples = [Path(c.run_folder) / "samples" / "0000010.txt" for c in (config, other)]
-    assert samples[0].read_text() == samples[1].read_text()
+    a, b = (Path(c.run_folder) / "samples" / "0000010.txt" for c in (config, other))
+    assert a.read_text() == b.read_text()
 
 
 def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(small, alone, tmp_path):
@@ -294,7 +292,7 @@ def test_the_broken_process_says_why_it_ends(broken):
 def test_an_error_of_one_process_ends_both_with_its_sentence(small, tmp_path):
     own = [[], ["--data.tokenizer", str(tmp_path / "none.model")]]
     first, second = Run(elsewhere(small, "one"), 2, own=own).finish()
-    assert (first[0], second[0]) == (2, 2)
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert f"Process 1 on {socket.gethostname()}: There is no tokenizer" in first[2]
     assert "tinyllama: There is no tokenizer" in second[2]
     assert not Path(elsewhere(small, "one").run_folder).exists()
@@ -468,9 +466,10 @@ def test_a_launch_script_asks_for_its_devices(small, tmp_path, script, devices):
     text = (ROOT / "launch" / f"{script}.py").read_text()
     assert f"launch(devices={devices})" in text and f"python launch/{script}.py CONFIG" in text
     if script == "a100_16":
-        command = [sys.executable, f"launch/{script}.py", file]
-        env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, f"launch/{script}.py", file], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+        )  # fmt: skip
         assert done.returncode == 2
         assert "for 16 devices in all, and there are 2 in each of 1 processes" in done.stderr
 
