@@ -1,6 +1,6 @@
 """TinyLlama 120M, the small sibling, on a hundredth of the 3T run's tokens.
 
-Run:     tinyllama train configs/tinyllama_120m.py
+Run:     python launch/a100_8.py configs/tinyllama_120m.py
 Reads:   data/slimpajama and data/starcoder, as configs/tinyllama_1b.py does
 Expect:  14,305 steps of 2,097,152 tokens, 3.0000e10 in all. The model's sizes are the original's
          (121,129,728 parameters); it published no 120M run, so the length is this project's choice,

@@ -1,7 +1,8 @@
 """TinyLlama 1.1B on 3 trillion tokens: the original run.
 
-Run:     tinyllama train configs/tinyllama_1b.py
-         (on all GPUs of one machine so far; `pytest -m compile` shows it compiled for 16 A100-40GB)
+Run:     python launch/a100_16.py configs/tinyllama_1b.py
+         on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
+         or, under Slurm, sbatch launch/slurm/a100_16.sbatch configs/tinyllama_1b.py
 Reads:   data/slimpajama (without its GitHub rows) and data/starcoder, datasets in the format of
          `tinyllama prepare`, which does not read these corpora yet, with the Llama 2 tokenizer,
          data/llama2/tokenizer.model

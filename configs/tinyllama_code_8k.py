@@ -1,6 +1,7 @@
 """TinyLlama 1.1B for code, 8,192 tokens of context: RoPE positions divided by 4.
 
-Run:     tinyllama train configs/tinyllama_code_8k.py
+Run:     python launch/a100_16.py configs/tinyllama_code_8k.py
+         on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
          after configs/tinyllama_1b.py, whose newest weights it begins with; from the released
          ones, give a Hugging Face folder in one file: --init-from data/TinyLlama-1.1B-3T
 Reads:   data/starcoder, as configs/tinyllama_1b.py does; the records of the 3T run serve

@@ -1,8 +1,9 @@
 """TinyLlama v1.1 on 2 trillion tokens, in three variants: general, math and code, Chinese.
 
-Run:     tinyllama train configs/tinyllama_v1_1.py
-         tinyllama train configs/tinyllama_v1_1.py:math_and_code
-         tinyllama train configs/tinyllama_v1_1.py:chinese
+Run:     python launch/a100_16.py configs/tinyllama_v1_1.py
+         python launch/a100_16.py configs/tinyllama_v1_1.py:math_and_code
+         python launch/a100_16.py configs/tinyllama_v1_1.py:chinese
+         on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
 Reads:   data/slimpajama; math and code also data/starcoder and data/proof_pile, Chinese also
          data/skypile; in the format that configs/tinyllama_1b.py says
 Expect:  stage 1, to 1.5e12 tokens: SlimPajama alone, the same rows in every variant. Stage 2, to

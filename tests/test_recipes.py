@@ -99,7 +99,7 @@ def test_v1_1_follows_its_three_stages(variant, final):
         last = (end[source] - whole[source]) / (sum(end) - sum(whole))
         assert last == pytest.approx(share, abs=1e-6)
     launched = path.name if variant == "get_config" else f"{path.name}:{variant}"
-    assert f"tinyllama train configs/{launched}\n" in path.read_text()
+    assert f"python launch/a100_16.py configs/{launched}\n" in path.read_text()
 
 
 @pytest.mark.parametrize(

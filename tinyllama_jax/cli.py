@@ -13,28 +13,51 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from tinyllama_jax.config import Config, UserError, load_config, model_of_run, require
+from tinyllama_jax.config import Config, Launch, UserError, load_config, model_of_run, require
 
-# The README says what each means.
+# 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
 DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
 
 CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on both sides
 
 
-def train(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What `train` reads from the command line, under names without a prefix."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch()
+
+
+def train(argv: Sequence[str], devices: int | None = None) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
     config = _config_first("train", argv)
     if config is None:
         return DONE
-    config = tyro.cli(Config, default=config, args=argv[1:], prog=f"tinyllama train {argv[0]}")
+    options = tyro.cli(
+        TrainOptions,
+        default=TrainOptions(config),
+        args=argv[1:],
+        prog=f"tinyllama train {argv[0]}",
+        description=Config.__doc__,
+    )
+    from tinyllama_jax.runtime import processes
+    from tinyllama_jax.runtime.mesh import make_mesh
     from tinyllama_jax.training.loop import Diverged, run
 
-    _say_if_gpu_idle()
-    try:
-        return DONE if run(config) else SAVED_AFTER_SIGNAL
-    except Diverged as error:
-        print(f"tinyllama: {error}", file=sys.stderr)
-        return CHECK_FAILED
+    with processes.joined(options.launch, devices):
+        mesh = make_mesh(options.launch.data_axis)
+        _say_if_gpu_idle()
+        try:
+            return DONE if run(options.config, mesh) else SAVED_AFTER_SIGNAL
+        except Diverged as error:
+            print(f"tinyllama: {error}", file=sys.stderr)
+            return CHECK_FAILED
+
+
+def launch(devices: int | None = None) -> int:
+    """What a launch script does: `train` with its command line, on this many devices in all."""
+    return main(["train", *sys.argv[1:]], devices)
 
 
 def _config_first(verb: str, argv: Sequence[str]) -> Config | None:
@@ -300,8 +323,13 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code; user errors become one line on stderr."""
+def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
+    """Runs one verb and returns its exit code; user errors become one line on stderr.
+
+    Args:
+      argv: the command line, the process's own by default.
+      devices: how many `train` asks for; None: any number.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("tinyllama VERB ...\n")
@@ -313,8 +341,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
-        if argv[0] in ("train", "plan"):
-            return VERBS[argv[0]](argv[1:])
+        if argv[0] == "train":
+            return train(argv[1:], devices)
+        if argv[0] == "plan":
+            return plan(argv[1:])
         return tyro.cli(VERBS[argv[0]], args=argv[1:], prog=f"tinyllama {argv[0]}")
     except UserError as error:
         print(f"tinyllama: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import runpy
 import traceback
 from pathlib import Path
@@ -31,6 +32,13 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"The folder {path} cannot be made ({error.strerror}): give another path."
         ) from None
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a whole file under its name in one rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]
@@ -371,6 +379,33 @@ class Config:
             max(min(end, step) - start, 0) * micro_batches
             for (start, micro_batches), end in zip(sizes, ends, strict=True)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Where a run is computed, which decides no number of it but by rounding."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; Slurm's is found."""
+    num_processes: int | None = None
+    """How many processes, one a machine; Slurm's is found."""
+    process_id: int | None = None
+    """Which one this is, from 0; Slurm's is found."""
+    data_axis: int = 1
+    """Groups of devices that each hold the whole state."""
+
+    def __post_init__(self):
+        given = (self.coordinator, self.num_processes, self.process_id)
+        require(
+            None not in given or not any(value is not None for value in given),
+            "--coordinator, --num-processes and --process-id belong together: give all or none.",
+        )
+        require(
+            self.num_processes is None or 0 <= (self.process_id or 0) < self.num_processes,
+            f"--process-id is {self.process_id} of --num-processes {self.num_processes}: count "
+            "the processes from 0.",
+        )
+        require(self.data_axis > 0, f"--data-axis is {self.data_axis}: it must be above 0.")
 
 
 # What a run may change when it goes on. All else decides the numbers it has already made; `steps`

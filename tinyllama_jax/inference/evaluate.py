@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model import llama
-from tinyllama_jax.runtime.mesh import batch_sharding, put_batch
+from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
 
 Score = Callable[[llama.Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -47,16 +47,17 @@ def evaluate(
     score: Score, weights: llama.Weights, rows: Sequence[np.ndarray], batch_rows: int, mesh: Mesh
 ) -> Evaluation:
     """Mean loss over rows of context + 1 tokens, `batch_rows` at a time over all devices."""
-    losses, tokens = [], 0
+    losses, tokens, local = [], 0, process_rows(batch_rows)
     for start in range(0, len(rows), batch_rows):
         batch = [rows[i] for i in range(start, min(start + batch_rows, len(rows)))]
         tokens_BS = np.zeros((batch_rows, len(batch[0])), np.int32)
         tokens_BS[: len(batch)] = batch
         weights_BT = np.zeros((batch_rows, len(batch[0]) - 1), np.float32)
         weights_BT[: len(batch)] = 1  # the rest pads the batch and counts for nothing
-        sums = score(weights, put_batch(tokens_BS, mesh, 0), put_batch(weights_BT, mesh, 0))
-        losses.append(sums[0])
         tokens += len(batch) * weights_BT.shape[1]
+        batch = put_batch(tokens_BS[local], mesh, 0), put_batch(weights_BT[local], mesh, 0)
+        sums = score(weights, *batch)
+        losses.append(sums[0])
     # Summed in fp64, once all batches are on their way.
     return Evaluation(loss=sum(map(float, losses)) / tokens, tokens=tokens)
 

@@ -3,6 +3,9 @@
 A checkpoint `checkpoints/<step>/` holds three items: `weights`, `optimizer` (with the counters) and
 `run` (rows consumed, data fingerprint, config). Orbax writes it aside and renames it; then its
 files are hashed into `sha256.json`, because Orbax restores a flipped bit without a word.
+
+Of several processes each writes its part of the arrays, and the first does everything else: what it
+finds on disk is what all go by. Every function here is for all processes together.
 """
 
 import contextlib
@@ -20,7 +23,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tinyllama_jax.config import CheckpointConfig, UserError, make_folder, require
+from tinyllama_jax.config import CheckpointConfig, UserError, make_folder, require, write_aside
+from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.mesh import named_leaves
 
 ITEMS = {
@@ -31,40 +35,41 @@ ITEMS = {
 HASHES = "sha256.json"
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under its name in one rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.rename(path)
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the run folder against a second writer; the lock ends with the process.
 
+    Of several processes the first takes it for all.
+
     Raises:
       UserError: another process trains in this folder, or it cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first():
+                _lock(folder, stack)
+        yield
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     make_folder(folder)
     try:
-        file = open(folder / ".lock", "a+")
+        file = stack.enter_context(open(folder / ".lock", "a+"))
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): give another --run-folder."
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{folder} is being written by {file.read().strip() or 'another process'}: "
-                "wait for it, or give another --run-folder."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is being written by {file.read().strip() or 'another process'}: "
+            "wait for it, or give another --run-folder."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
 
 
 def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
@@ -74,7 +79,8 @@ def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
       UserError: no checkpoint yet, none of this step, or a damaged one.
     """
     nothing = f"{run} has no checkpoint yet: let it train on."
-    require((run / "checkpoints").is_dir(), nothing)
+    with processes.together():
+        require((run / "checkpoints").is_dir(), nothing)
     checkpoints = Checkpoints(run)
     if step is None:
         newest = checkpoints.newest()
@@ -125,7 +131,7 @@ class Checkpoints:
             return
         self._seal(wait=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
+        free = processes.from_first(lambda: shutil.disk_usage(self.folder).free)
         require(
             free > 1.1 * needed,
             f"{self.folder} has {free / 1e9:.1f} GB free and a checkpoint takes "
@@ -168,44 +174,59 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and every one is damaged.
         """
-        passed = []
-        for step in reversed(self.steps()):
-            damage = self._damage(step)
-            if damage is not None:
+
+        def find() -> tuple[int, dict[str, Any]] | None:
+            passed = []
+            for step in reversed(self.steps()):
+                damage = self._damage(step)
+                if damage is None:
+                    if not self._read_only:
+                        self._move_aside(passed)
+                    return step, self._run_values(step)
                 print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
                 passed.append(step)
-                continue
-            if passed and not self._read_only:
-                aside = self.folder.with_name("damaged")
-                aside.mkdir(exist_ok=True)
-                for other in passed:
-                    shutil.rmtree(aside / str(other), ignore_errors=True)
-                    (self.folder / str(other)).rename(aside / str(other))
-                self._manager.reload()
-            return step, self._run_values(step)
-        require(
-            not passed,
-            f"Every checkpoint of {self.folder} is damaged: remove the folder to start again.",
-        )
-        return None
+            require(
+                not passed,
+                f"Every checkpoint of {self.folder} is damaged: remove the folder to start again.",
+            )
+            return None
+
+        found = processes.from_first(find)
+        self._manager.reload()  # what was moved away is no longer there
+        return None if found is None else (found[0], found[1])
+
+    def _move_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            aside = self.folder.with_name("damaged") / str(step)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
 
     def require_whole(self, step: int) -> None:
         """Raises `UserError` if there is no checkpoint of this step, or if it is damaged."""
-        require(
-            step in self.steps(),
-            f"{self.folder} has no checkpoint of step {step}, only {self.steps()}.",
-        )
-        damage = self._damage(step)
-        require(
-            damage is None,
-            f"Checkpoint {step} of {self.folder} is damaged ({damage}): take another of "
-            f"{self.steps()}.",
-        )
+
+        def look():
+            require(
+                step in self.steps(),
+                f"{self.folder} has no checkpoint of step {step}, only {self.steps()}.",
+            )
+            damage = self._damage(step)
+            require(
+                damage is None,
+                f"Checkpoint {step} of {self.folder} is damaged ({damage}): take another of "
+                f"{self.steps()}.",
+            )
+
+        processes.from_first(look)
 
     def sha256(self, step: int, item: str) -> str:
         """One hash over the files of an item."""
-        hashes = json.dumps(_hashes(self.folder / str(step), item), sort_keys=True)
-        return hashlib.sha256(hashes.encode()).hexdigest()
+
+        def digest() -> str:
+            hashes = json.dumps(_hashes(self.folder / str(step), item), sort_keys=True)
+            return hashlib.sha256(hashes.encode()).hexdigest()
+
+        return processes.from_first(digest)
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint, onto whatever shardings the abstract state has.
@@ -263,12 +284,14 @@ class Checkpoints:
                 f"({str(error).splitlines()[0][:200]}): see to the disk and run the same command "
                 "again."
             ) from error
+        if not processes.is_first():
+            return
         folder = self.folder / str(step)
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
 
     def _run_values(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["run"]
+        # As Orbax wrote them, but without its manager, whose restore waits for the other processes.
+        return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""

@@ -132,6 +132,12 @@ def batch_sharding(mesh: Mesh, rows_axis: int) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * rows_axis, BATCH_AXES))
 
 
+def process_rows(rows: int) -> slice:
+    """This process's part of the rows of a batch, as `put_batch` expects it."""
+    each = rows // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
 def put_batch(batch: np.ndarray, mesh: Mesh, rows_axis: int) -> jax.Array:
     """This process's rows of a batch, as an array over the whole mesh."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh, rows_axis), batch)

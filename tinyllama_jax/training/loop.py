@@ -4,33 +4,34 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import shutil
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
+from sentencepiece import SentencePieceProcessor
 
 from tinyllama_jax.config import (
     Config,
     differences,
     require,
     to_json,
+    write_aside,
 )
 from tinyllama_jax.data import mixture
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
 from tinyllama_jax.inference import evaluate
 from tinyllama_jax.inference.generate import generate
-from tinyllama_jax.runtime.checkpoint import Checkpoints, locked, write_aside
+from tinyllama_jax.runtime import processes
+from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
+from tinyllama_jax.runtime.watch import watched
 from tinyllama_jax.training import warm_start
 from tinyllama_jax.training.flops import mfu
 from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
@@ -57,7 +58,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
 
     Args:
       config: the run.
-      mesh: devices with axes `data` and `fsdp`; all devices on `fsdp` by default.
+      mesh: devices with axes `data` and `fsdp`; all devices on `fsdp` by default. Where they are of
+        several processes, each of these calls this function.
 
     Returns:
       Whether the run is complete; False after SIGINT or SIGTERM, with a checkpoint saved.
@@ -67,59 +69,42 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
       Diverged: too many steps in a row were not finite; the last checkpoint is kept.
     """
     mesh = make_mesh() if mesh is None else mesh
-    check_fits(config, mesh)
-    check_attention(config, mesh)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    require(
-        tokenizer.get_piece_size() == config.model.vocab_size,
-        f"The tokenizer {config.data.tokenizer} has {tokenizer.get_piece_size():,} pieces and "
-        f"model.vocab_size is {config.model.vocab_size:,}: make them equal.",
-    )
-    for prompt in config.sample.prompts:
-        length = len(tokenizer.encode(prompt))
-        require(
-            0 < length < config.model.context,
-            f"The prompt {prompt[:40]!r} of sample.prompts has {length} tokens and model.context "
-            f"is {config.model.context}: give one that is neither empty nor fills the context.",
-        )
-    require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
-    names = [source.name for source in config.data.sources]
-    order = mixture.make_mixture(config.data, config.model.context)
-    train_rows, held_out_rows = (
-        [
-            mixture.Rows(source.path, split, config.model.context, config.model.vocab_size)
-            for source in config.data.sources
-        ]
-        for split in ("train", "validation")
-    )
-    fingerprint = mixture.fingerprint(config.data, config.model.context, config.seed)
-    folder = Path(config.run_folder)
+    with processes.together():
+        tokenizer, names, order, train_rows, held_out_rows, fingerprint = _check(config, mesh)
+    facts = {"config": to_json(config), "data": fingerprint, "version": processes.software()}
+    processes.check_alike(facts)
     source = warm_start.find_source(config)
+    folder = Path(config.run_folder)
 
     with locked(folder), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder, config.checkpoint)
         stack.callback(checkpoints.close)
+        watch = stack.enter_context(watched(folder))
         state, origin = _start(config, mesh, checkpoints, fingerprint, source)
         first_step = int(state["step"])
-        if first_step > config.steps:
-            print(f"{folder} is at step {first_step}, past the {config.steps} steps asked for.")
-            return True
-        _describe_run(folder, config, mesh, origin)
-
         metrics = Metrics(folder, first_step)
         stack.callback(metrics.close)
         terminal = Terminal(config.steps, first_step)
         stack.callback(terminal.close)
-        stop = stack.enter_context(_signals_noted())
+        stop = processes.Stop(mesh)
+        stack.enter_context(stop.listening())
+        if first_step > config.steps:
+            terminal.say(
+                f"{folder} is at step {first_step}, past the {config.steps} steps asked for."
+            )
+            return True
+        if processes.is_first():
+            _describe_run(folder, config, mesh, origin)
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config, mesh)
         score = evaluate.make_score(config.model, mesh, dtype, config.execution)
         count_bytes = ByteCounter(tokenizer)
 
-        def report(step: int, device_metrics: dict[str, jax.Array]) -> None:
+        def report(step: int, device_metrics: dict[str, jax.Array | int]) -> None:
             """Reads the metrics of a step; stops the run if too many were not finite."""
             values = {name: float(value) for name, value in device_metrics.items()}
+            stop.agree(values.pop("stop"))
             if values["train/skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
                     f"Loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to "
@@ -136,6 +121,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
 
         def validate(step: int, rows: int | None) -> None:
             """Held-out loss and bits per byte of each source, over `rows` rows or all."""
+            watch.at("validation", step)
             for name, source in zip(names, held_out_rows, strict=True):
                 count = len(source) if rows is None else min(rows, len(source))
                 held_out = [source[i] for i in range(count)]
@@ -149,15 +135,21 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                 )
 
         def save(step: int) -> None:
+            watch.at("save", step)
             rows = config.rows_after(step)
             values = {"rows": rows, "fingerprint": fingerprint, "config": to_json(config)}
             checkpoints.save(state, values | {"origin": origin})
 
         rows = _batches(config, train_rows, order, first_step)
+        new_sizes = {start for start, _ in config.batch_sizes()}  # the step is compiled again
         clock = _Clock(first_step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: tuple[int, dict[str, jax.Array | int]] | None = None
         for step in range(first_step + 1, config.steps + 1):
-            tokens_ABS = next(rows)  # a batch of another size compiles the step once more
+            if step > first_step + 1:  # the first step is a part of the start
+                watch.at("data", step)
+            tokens_ABS = next(rows)
+            if step > first_step + 1:
+                watch.at("compile" if step - 1 in new_sizes else "step", step)
             state, step_metrics = train_step(
                 state,
                 put_batch(tokens_ABS, mesh, rows_axis=1),
@@ -166,42 +158,92 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             # Metrics are read one step late, while the devices work on this one.
             if pending is not None:
                 report(*pending)
-            pending = (step, step_metrics)
+            pending = (step, step_metrics | {"stop": stop.vote()})
 
             last = step == config.steps
             saves = last or step % config.checkpoint.every == 0
             validates = step % config.validation.every == 0 and not last
             samples = step % config.sample.every == 0 and not last
-            if saves or validates or samples or stop:
+            if saves or validates or samples or stop.signal:
                 report(*pending)
                 pending = None
                 with clock.paused():
-                    if saves or stop:
+                    if saves or stop.signal:
                         save(step)
-                    if validates and not stop:
+                    if validates and not stop.signal:
                         validate(step, config.validation.rows)
-                    if samples and not stop:
+                    if samples and not stop.signal:
+                        watch.at("sample", step)
                         _sample(config, state, tokenizer, dtype, folder, step, terminal)
             checkpoints.poll()
-            if stop:
+            if stop.signal:
                 if pending is not None:  # the signal came after they were last looked at
                     report(*pending)
                 save(step)  # unless it is saved: the signal may have come while validating
                 checkpoints.finish()
                 terminal.say(
-                    f"Stopped by {stop[0]} after step {step}, saved. "
+                    f"Stopped by {stop.signal} after step {step}, saved. "
                     "The same command again goes on from here."
                 )
                 return False
 
         # The last validation reads all held-out rows; a run that was killed before it does it now.
-        if f"val/{names[-1]}/loss" in read_metrics(folder).get(config.steps, {}):
+        checkpoints.finish()
+        last_loss = f"val/{names[-1]}/loss"
+        if processes.from_first(lambda: last_loss in read_metrics(folder).get(config.steps, {})):
             terminal.say(f"{folder} is complete at step {config.steps}; nothing is left to train.")
             return True
         validate(config.steps, None)
+        watch.at("sample", config.steps)
         _sample(config, state, tokenizer, dtype, folder, config.steps, terminal)
-        _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal)
+        watch.at("end", config.steps)
+        if processes.is_first():
+            _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder, terminal)
         return True
+
+
+class _Inputs(NamedTuple):
+    tokenizer: SentencePieceProcessor
+    names: list[str]
+    order: mixture.Mixture
+    train_rows: list[mixture.Rows]
+    held_out_rows: list[mixture.Rows]
+    fingerprint: dict
+
+
+def _check(config: Config, mesh: Mesh) -> _Inputs:
+    """What the run reads; raises `UserError` where it does not fit the config or the mesh."""
+    check_fits(config, mesh)
+    check_attention(config, mesh)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    require(
+        tokenizer.get_piece_size() == config.model.vocab_size,
+        f"The tokenizer {config.data.tokenizer} has {tokenizer.get_piece_size():,} pieces and "
+        f"model.vocab_size is {config.model.vocab_size:,}: make them equal.",
+    )
+    for prompt in config.sample.prompts:
+        length = len(tokenizer.encode(prompt))
+        require(
+            0 < length < config.model.context,
+            f"The prompt {prompt[:40]!r} of sample.prompts has {length} tokens and model.context "
+            f"is {config.model.context}: give one that is neither empty nor fills the context.",
+        )
+    require(len(config.data.sources) > 0, "data.sources is empty: name at least one dataset.")
+    train_rows, held_out_rows = (
+        [
+            mixture.Rows(source.path, split, config.model.context, config.model.vocab_size)
+            for source in config.data.sources
+        ]
+        for split in ("train", "validation")
+    )
+    return _Inputs(
+        tokenizer=tokenizer,
+        names=[source.name for source in config.data.sources],
+        order=mixture.make_mixture(config.data, config.model.context),
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        fingerprint=mixture.fingerprint(config.data, config.model.context, config.seed),
+    )
 
 
 def _start(
@@ -230,7 +272,7 @@ def _start(
         f"{config.run_folder} was trained on other data than {config.data.tokenizer} and its "
         "sources hold now: restore those files, or give another --run-folder.",
     )
-    if (before := values["config"]["steps"]) != config.steps > step:
+    if (before := values["config"]["steps"]) != config.steps > step and processes.is_first():
         print(f"steps: {before} -> {config.steps}: the new learning rates hold from step {step}.")
     return checkpoints.restore(step, abstract_state(config, mesh)), values["origin"]
 
@@ -260,14 +302,15 @@ def _batches(
 
 def _describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict | None) -> None:
     """Writes config.json, environment.json and tokenizer.model, so the folder stands alone."""
-    packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
+    packages = processes.software()
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     environment = {
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in packages},
+        "python": packages.pop("python"),
+        "packages": packages,
+        "processes": jax.process_count(),
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
@@ -335,31 +378,6 @@ def _line(values: dict[str, float]) -> str:
     )
 
 
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[list[str]]:
-    """A list that the first SIGINT or SIGTERM puts its name on; a second acts as usual."""
-    noted: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # Python lets the main thread alone set handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number, frame):
-        noted.append(signal.Signals(number).name)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-
-
 def _sample(config, state, tokenizer, dtype, folder: Path, step: int, terminal: Terminal) -> None:
     """Lets the model continue the config's prompts and keeps what it says."""
     weights = jax.tree.map(lambda w: w.astype(dtype), state["weights"])
@@ -376,6 +394,8 @@ def _sample(config, state, tokenizer, dtype, folder: Path, step: int, terminal: 
             seed=config.seed + index,
         )
         texts.append(tokenizer.decode(ids + new))
+    if not processes.is_first():
+        return
     (folder / "samples").mkdir(exist_ok=True)
     write_aside(folder / "samples" / f"{step:07}.txt", "\n---\n".join(texts) + "\n")
     terminal.say(f"step {step}  sample: {texts[0]!r}")

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
-from tinyllama_jax.runtime.checkpoint import write_aside
+from tinyllama_jax.config import write_aside
+from tinyllama_jax.runtime import processes
 
 FILE = "metrics.jsonl"
 
@@ -18,10 +18,15 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Writes the same names and values to metrics.jsonl and TensorBoard, a line a call.
 
-    A value that is not finite is null in metrics.jsonl.
+    A value that is not finite is null in metrics.jsonl. Of several processes the first writes.
     """
 
     def __init__(self, run_folder: Path, first_step: int):
+        self._file = None
+        if not processes.is_first():
+            return
+        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one
+
         path = run_folder / FILE
         # The steps after the checkpoint are made again. Lines of theirs that stayed would be read
         # as this run's: those of a run whose checkpoints were removed, or of a step now left out.
@@ -33,6 +38,8 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Values after `step` optimizer steps."""
+        if self._file is None:
+            return
         # JSON has no NaN, which the loss of a skipped step is.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -41,8 +48,9 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def read_metrics(run_folder: str | Path) -> dict[int, dict[str, Any]]:
@@ -65,12 +73,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Terminal:
-    """A live bar on a terminal, plain lines elsewhere."""
+    """A live bar on a terminal, plain lines elsewhere; of several processes the first speaks."""
 
     def __init__(self, steps: int, first_step: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
         self._steps, self._bar, self._line = steps, None, ""
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=None),

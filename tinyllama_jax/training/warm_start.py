@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tinyllama_jax.config import Config, LlamaConfig, model_of_run, require
 from tinyllama_jax.data.tokenizer import file_sha256
 from tinyllama_jax.inference import huggingface
+from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, open_checkpoint
 from tinyllama_jax.training.step import State, abstract_state, state_from_weights
 
@@ -49,27 +50,33 @@ class Source:
 def find_source(config: Config) -> Source | None:
     """Where a run's first weights come from; None for a fresh start, and for a run that goes on.
 
-    A run with a checkpoint never looks at its source again, which may be gone.
+    A run with a checkpoint never looks at its source again, which may be gone. All processes
+    together.
 
     Raises:
       UserError: nothing at `config.init_from`, a damaged checkpoint, another model or tokenizer.
     """
     own = Path(config.run_folder) / "checkpoints"
-    if config.init_from is None or any(path.name.isdigit() for path in own.glob("*")):
+    if config.init_from is None or processes.from_first(
+        lambda: any(path.name.isdigit() for path in own.glob("*"))
+    ):
         return None
-    folder, step = _parse(config.init_from)
-    checkpoint = None
-    if huggingface.is_hf_folder(folder):
+    with processes.together():
+        folder, step = _parse(config.init_from)
+        theirs = huggingface.is_hf_folder(folder)
         require(
-            step is None,
+            step is None or not theirs,
             f"init_from is {config.init_from}: a Hugging Face folder has no steps: give {folder}.",
         )
-        model = huggingface.config_from_hf(folder / "config.json")
+        model = (
+            huggingface.config_from_hf(folder / "config.json") if theirs else model_of_run(folder)
+        )
         _compare(folder, model, config)
-        file = huggingface.weights_file(folder)
-        digest = file_sha256(file)
+        file = huggingface.weights_file(folder) if theirs else None
+    checkpoint = None
+    if file is not None:
+        digest = processes.from_first(lambda: file_sha256(file))
     else:
-        _compare(folder, model_of_run(folder), config)
         checkpoint = open_checkpoint(folder, step)
         step = checkpoint[1]
         digest = checkpoint[0].sha256(step, "weights")

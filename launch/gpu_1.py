@@ -1,0 +1,11 @@
+"""Trains on one GPU: python launch/gpu_1.py CONFIG [--option value ...]"""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cuda")
+
+from tinyllama_jax.cli import launch  # noqa: E402 (the platform is chosen before jax is imported)
+
+if __name__ == "__main__":
+    sys.exit(launch(devices=1))
