@@ -50,7 +50,7 @@ def make_gradients(
         return jax.tree.map(jnp.add, sums, (losses, count, _fp32(grads)))
 
     def add_joined(sums: Sums, buckets: list[Bucket], batch: Batch) -> Sums:
-        losses, count, grads = add((*sums[:2], _join(sums[2])), _join(buckets), batch)
+        losses, count, grads = add(_with_joined(sums), _join(buckets), batch)
         return losses, count, _split(grads)
 
     def add_by_layer(sums: Sums, buckets: list[Bucket], batch: Batch, leave=_identity) -> Sums:
@@ -89,8 +89,8 @@ def make_gradients(
 
     add_bucketed = add_by_layer if execution.unroll_layers else add_joined
 
-    def sums_gathered_by_layer(weights: Weights, batches: Batch) -> Sums:
-        return _over(batches, _no_sums(weights), lambda s, b: add(s, weights, b, _gather_one))
+    def sums_in_loop(weights: Weights, batches: Batch, gather=llama.whole) -> Sums:
+        return _over(batches, _no_sums(weights), lambda s, b: add(s, weights, b, gather))
 
     def sums_gathered_by_step(weights: Weights, batches: Batch) -> Sums:
         """The first and the last micro-batch stand outside the loop: the first works on a layer
@@ -111,24 +111,25 @@ def make_gradients(
         def scatter(grads: Bucket) -> Bucket:
             return _scatter(grads, mesh.shape["fsdp"])
 
-        return add_by_layer(sums, buckets, last, scatter)
+        return _with_joined(add_by_layer(sums, buckets, last, scatter))
 
-    def sums_on_one_device(weights: Weights, batches: Batch) -> Sums:
+    def sums_by_layer(weights: Weights, batches: Batch) -> Sums:
         buckets = _split(weights)
-        return _over(batches, _no_sums(buckets), lambda s, b: add_bucketed(s, buckets, b))
+        sums = _over(batches, _no_sums(buckets), lambda s, b: add_by_layer(s, buckets, b))
+        return _with_joined(sums)
 
     def mean_gradients(weights, tokens_ABS, weights_ABT):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         batches = tokens_ABS, weights_ABT
         if execution.gather == "layer":
-            losses, count, grads = sums_gathered_by_layer(weights, batches)
+            losses, count, grads = sums_in_loop(weights, batches, _gather_one)
             grads = jax.lax.psum(grads, "data")
         elif mesh.size > 1:
             losses, count, grads = sums_gathered_by_step(weights, batches)
-            grads = _join(grads)
+        elif execution.unroll_layers:
+            losses, count, grads = sums_by_layer(weights, batches)
         else:
-            losses, count, grads = sums_on_one_device(weights, batches)
-            grads = _join(grads)
+            losses, count, grads = sums_in_loop(weights, batches)
         losses, count = jax.lax.psum((losses, count), BATCH_AXES)
         return losses / count, jax.tree.map(lambda g: g / count, grads)
 
@@ -179,6 +180,11 @@ def _join(buckets: list[Bucket]) -> Weights:
     below, *layers, above = buckets
     blocks = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
     return below | {"blocks": blocks} | above
+
+
+def _with_joined(sums: Sums) -> Sums:
+    losses, count, grads = sums
+    return losses, count, _join(grads)
 
 
 def _gather_one(name: str, part: jax.Array) -> jax.Array:
