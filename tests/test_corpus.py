@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -255,6 +257,53 @@ def test_killed_at_random_and_begun_again_it_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "whole"]
 
 
+ORPHANS = """
+import sys
+from pathlib import Path
+from tinyllama_jax.data.corpus import prepare_corpus
+from tinyllama_jax.data.readers import CORPORA
+
+if __name__ == "__main__":
+    prepare_corpus("files", CORPORA["files"], *map(Path, sys.argv[1:4]), processes=2, group_bytes=1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which processes are left")
+def test_processes_end_with_a_parent_that_is_killed(data, tmp_path):
+    source, script = tmp_path / "source", tmp_path / "script.py"
+    source.mkdir()
+    script.write_text(ORPHANS)
+    row = json.dumps({"text": (GOLDEN / "text.txt").read_text()}) + "\n"
+    for name in ("a.jsonl", "b.jsonl"):  # more than can be done before the kill
+        (source / name).write_text(row * (40_000_000 // len(row)))
+    parent = subprocess.Popen(
+        [sys.executable, script, source, data.tokenizer, tmp_path / "d"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+    )
+    partial, deadline = tmp_path / "d.partial", time.monotonic() + 60
+    try:
+        while not len(list(partial.glob(".train-*"))) == 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+    finally:
+        parent.kill()
+        parent.wait()
+    children = [Path(f"/proc/{child}") for child in listed.split()]
+    assert len(children) >= 2
+
+    def running(process):
+        try:
+            return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    while any(map(running, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, children))
+    assert [path.name for path in partial.glob("train-*")] == []
+
+
 def test_a_process_that_is_killed_or_fails_is_told_and_nothing_is_half_written(
     prepared, tmp_path, sources, monkeypatch
 ):
@@ -295,6 +344,18 @@ def test_what_was_skipped_is_not_taken_over_by_a_call_that_stops(prepared, tmp_p
     assert prepared("slimpajama", source=source, on_error="skip", worker=(0, 2)) is None
     with pytest.raises(UserError, match="is damaged or truncated"):
         prepared("slimpajama", source=source)
+
+
+def test_a_worker_that_finds_all_joined_meanwhile_is_content(prepared, tmp_path, monkeypatch):
+    run = corpus_module.run_groups
+
+    def others_are_faster(*arguments):
+        monkeypatch.setattr(corpus_module, "run_groups", run)
+        prepared("starcoder")
+
+    monkeypatch.setattr(corpus_module, "run_groups", others_are_faster)
+    assert prepared("starcoder", worker=(0, 2)) == read_manifest(tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_other_files_or_options_do_not_mix_with_what_is_there(prepared, tmp_path):
@@ -348,6 +409,16 @@ def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(data, tmp_p
     assert cli.main(command) == 0
     assert "train" in capsys.readouterr().out
     assert cli.main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_the_exit_code_of_what_goes_on(number, monkeypatch, capsys):
+    monkeypatch.setattr(
+        corpus_module, "prepare_corpus", lambda *_, **__: os.kill(os.getpid(), number)
+    )
+    argv = ["prepare", "files", "--source", ".", "--tokenizer", "t", "--out", "out"]
+    assert cli.main(argv) == 75
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_the_command_line_names_every_corpus():

@@ -63,6 +63,14 @@ def test_every_format_gives_the_same_documents(tmp_path, kind, monkeypatch):
     assert 0 < tally.bytes_read <= (tmp_path / name).stat().st_size
 
 
+def test_a_rule_names_values_that_are_no_strings_too(tmp_path):
+    rows = [{"text": str(n), "k": k} for n, k in enumerate([3, "3", True, None, "x"])]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    for value, left in {"3": "234", "true": "0134", "null": "0124", "x": "0123"}.items():
+        corpus = Corpus({"train": "*"}, drop=(("k", value),))
+        assert "".join(read(tmp_path, "a.jsonl", corpus, "stop")[0]) == left
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.py", "a.rs"])
 def test_a_text_or_source_file_is_one_document_to_the_byte(tmp_path, name):
     for text in TEXTS:

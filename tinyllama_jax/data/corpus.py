@@ -5,7 +5,6 @@ preparation goes on with those that are missing. When all are done, the shards g
 TFDS gives them, and the folder its own name.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -14,9 +13,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from tinyllama_jax.config import make_folder, require
+from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.data.groups import GROUP_BYTES, Group, Preparation, make_groups
 from tinyllama_jax.data.packing import RECORD, token_dtype
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
@@ -109,9 +108,14 @@ def join_groups(
       UserError: a split without a record, or a shard that is gone.
     """
     folder = preparation.folder
-    with contextlib.suppress(FileNotFoundError), open(folder / LOCK, "w") as lock:
-        # Two workers may both see that nothing is missing; the second finds the folder gone.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        lock = open(folder / LOCK, "w")
+    except FileNotFoundError:  # another worker renamed the folder meanwhile
+        return open_finished(plan, out)
+    with lock:
+        _wait_for_lock(lock, folder)
+        if not folder.exists():
+            return open_finished(plan, out)
         # Written first: it says which shard gets which name, whoever goes on.
         if not (folder / MANIFEST).is_file():
             manifest = _manifest(preparation, plan, groups)
@@ -122,11 +126,22 @@ def join_groups(
                 waiting = preparation.shard(groups[shard["group"]], split)
                 if waiting.exists():
                     waiting.rename(folder / shard["file"])
+        read_manifest(folder)  # every shard is there
         features = token_features(plan["tokenizer"]["pieces"])
         write_tfds_metadata(folder, preparation.name, features, manifest["splits"])
-        read_manifest(folder)  # every shard is there
         folder.rename(out)
     return open_finished(plan, out)
+
+
+def _wait_for_lock(lock: TextIO, folder: Path) -> None:
+    """Holds the last step against other workers that see, too, that nothing is missing."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): give an --out on a file system that "
+            "has locks."
+        ) from None
 
 
 def open_finished(plan: dict[str, Any], out: Path) -> dict[str, Any]:

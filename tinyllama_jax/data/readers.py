@@ -156,7 +156,7 @@ def read_documents(
                 continue
             text, *others = values
             rules = zip(corpus.drop, others, strict=True)
-            if rule := next((rule for rule, value in rules if value == rule[1]), None):
+            if rule := next((rule for rule, value in rules if _as_text(value) == rule[1]), None):
                 tally.dropped[f"{rule[0]} is {rule[1]}"] += 1
                 continue
             if not isinstance(text, str):
@@ -187,6 +187,11 @@ def read_documents(
         return
     if not rows:
         tally.add_bad(file, "is empty")
+
+
+def _as_text(value: Any) -> str:
+    """As a rule writes it: 3, true and null are no strings in a row, but are in a rule."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 class _BadFile(Exception):

@@ -70,6 +70,8 @@ class ShardWriter:
             "bytes": self.aside.stat().st_size,
             "sha256": file_sha256(self.aside),
         }
+        with open(self.aside, "rb") as file:
+            os.fsync(file.fileno())  # a sidecar must not outlive its shard when a machine fails
         self.aside.rename(self.path)
         return facts
 

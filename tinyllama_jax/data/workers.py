@@ -40,8 +40,8 @@ def run_groups(
     """
     if not groups:
         return
-    cores = processes or len(os.sched_getaffinity(0))
-    require(cores > 0, f"--processes is {processes}: give 1 or more.")
+    require(processes is None or processes > 0, f"--processes is {processes}: give 1 or more.")
+    cores = processes or available_cores()
     workers = min(cores, len(groups))
     threads = cores // workers
     with _Progress(preparation, groups, label) as progress:
@@ -51,6 +51,13 @@ def run_groups(
                 progress.groups_done += 1
         else:
             _run_in_processes(preparation, groups, workers, threads, progress)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, where the system tells; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _run_in_processes(preparation, groups, workers: int, threads: int, progress) -> None:
