@@ -90,14 +90,15 @@ def begin(preparation: Preparation, plan: dict[str, Any]) -> None:
 
 
 def missing_groups(preparation: Preparation, groups: Sequence[Group]) -> list[Group]:
-    """The groups that are not done yet."""
-    if (preparation.folder / MANIFEST).is_file():  # the last step has begun, and moves their shards
-        return []
-    return [group for group in groups if not preparation.is_done(group)]
+    """The groups that are not done yet; none once the last step has begun."""
+    missing = [group for group in groups if not preparation.is_done(group)]
+    # Asked afterwards: the last step, maybe another worker's, moves what was looked for.
+    joining = (preparation.folder / MANIFEST).is_file() or preparation.out.exists()
+    return [] if joining else missing
 
 
 def join_groups(
-    preparation: Preparation, plan: dict[str, Any], groups: Sequence[Group], out: Path
+    preparation: Preparation, plan: dict[str, Any], groups: Sequence[Group]
 ) -> dict[str, Any]:
     """The last step: names, metadata and manifest, then the rename to `out`. Interrupt it anywhere.
 
@@ -107,7 +108,7 @@ def join_groups(
     Raises:
       UserError: a split without a record, or a shard that is gone.
     """
-    folder = preparation.folder
+    folder, out = preparation.folder, preparation.out
     try:
         lock = open(folder / LOCK, "w")
     except FileNotFoundError:  # another worker renamed the folder meanwhile
@@ -161,6 +162,7 @@ def open_finished(plan: dict[str, Any], out: Path) -> dict[str, Any]:
         "remove it, or give another --out.",
     )
     shutil.rmtree(out / "groups", ignore_errors=True)
+    remove_leftovers(out)
     for name in (PLAN, LOCK):
         (out / name).unlink(missing_ok=True)
     return there
@@ -241,8 +243,7 @@ def prepare_corpus(
     Raises:
       UserError: all that `write_group`, `plan_corpus`, `begin` and `join_groups` raise.
     """
-    folder = out.with_name(f"{out.name}.partial")
-    preparation = Preparation(name, corpus, source, tokenizer, folder, on_error)
+    preparation = Preparation(name, corpus, source, tokenizer, out, on_error)
     plan, groups = plan_corpus(preparation, group_bytes)
     if out.exists():
         return open_finished(plan, out)
@@ -251,10 +252,9 @@ def prepare_corpus(
     mine = [g for g in missing_groups(preparation, groups) if g.index % workers == index]
     label = "" if workers == 1 else f"-{index}-of-{workers}"
     run_groups(preparation, mine, processes, label)
-    # Others went on meanwhile, and may even have joined all.
-    if missing_groups(preparation, groups) and not out.exists():
+    if missing_groups(preparation, groups):
         return None
-    return join_groups(preparation, plan, groups, out)
+    return join_groups(preparation, plan, groups)
 
 
 def parse_worker(text: str) -> tuple[int, int]:

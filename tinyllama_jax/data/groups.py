@@ -55,9 +55,14 @@ class Preparation:
     corpus: Corpus
     source: Path
     tokenizer: Path
-    folder: Path
-    """Where shards and sidecars wait for the last step."""
+    out: Path
+    """The dataset's folder, made in the last step."""
     on_error: OnError
+
+    @property
+    def folder(self) -> Path:
+        """Where shards and sidecars wait for the last step."""
+        return self.out.with_name(f"{self.out.name}.partial")
 
     def sidecar(self, group: Group) -> Path:
         return self.folder / "groups" / f"{group.index:06d}.json"

@@ -60,6 +60,11 @@ class ShardWriter:
             self.writer.close()
         except RuntimeError as error:
             raise self._not_written(error) from None
+        if not self.aside.exists():
+            raise UserError(
+                f"{self.path} was also written by another worker, who joined all meanwhile: the "
+                "same command ends at once."
+            )
         found = record_count(self.aside)
         if found != self.records:
             raise self._not_written(f"{found} of {self.records} records arrived")
