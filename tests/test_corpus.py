@@ -21,7 +21,7 @@ from conftest import GOLDEN
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import corpus as corpus_module
-from tinyllama_jax.data import workers
+from tinyllama_jax.data import shards, workers
 from tinyllama_jax.data.corpus import prepare_corpus
 from tinyllama_jax.data.groups import make_groups
 from tinyllama_jax.data.mixture import Rows
@@ -99,11 +99,6 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def shard_hashes(folder: Path) -> list[str]:
-    splits = read_manifest(folder)["splits"].values()
-    return [shard["sha256"] for facts in splits for shard in facts["shards"]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -346,16 +341,33 @@ def test_what_was_skipped_is_not_taken_over_by_a_call_that_stops(prepared, tmp_p
         prepared("slimpajama", source=source)
 
 
-def test_a_worker_that_finds_all_joined_meanwhile_is_content(prepared, tmp_path, monkeypatch):
-    run = corpus_module.run_groups
+@pytest.mark.parametrize("moment", ["run_groups", "_wait_for_lock"])
+def test_a_worker_that_another_overtakes_is_content(prepared, tmp_path, monkeypatch, moment):
+    function = getattr(corpus_module, moment)
 
     def others_are_faster(*arguments):
-        monkeypatch.setattr(corpus_module, "run_groups", run)
+        monkeypatch.setattr(corpus_module, moment, function)
         prepared("starcoder")
 
-    monkeypatch.setattr(corpus_module, "run_groups", others_are_faster)
-    assert prepared("starcoder", worker=(0, 2)) == read_manifest(tmp_path / "d")
+    monkeypatch.setattr(corpus_module, moment, others_are_faster)
+    assert prepared("starcoder") == read_manifest(tmp_path / "d")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_shard_that_was_damaged_while_it_waits_is_written_again(prepared, tmp_path):
+    prepared("starcoder", "whole")
+    prepared("starcoder", worker=(0, 2))
+    shard = next((tmp_path / "d.partial").glob("train-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    prepared("starcoder")
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "whole")
+
+
+def test_records_that_did_not_arrive_are_missed(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "record_count", lambda path: 0)
+    with pytest.raises(UserError, match="0 of [0-9]+ records arrived"):
+        prepared("starcoder")
+    assert [path.name for path in (tmp_path / "d.partial").glob("*train*")] == []
 
 
 def test_other_files_or_options_do_not_mix_with_what_is_there(prepared, tmp_path):

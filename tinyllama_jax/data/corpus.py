@@ -117,11 +117,9 @@ def join_groups(
         _wait_for_lock(lock, folder)
         if not folder.exists():
             return open_finished(plan, out)
-        # Written first: it says which shard gets which name, whoever goes on.
-        if not (folder / MANIFEST).is_file():
-            manifest = _manifest(preparation, plan, groups)
-            write_aside(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        manifest = json.loads((folder / MANIFEST).read_text())
+        # Written first: from here on no group is missing, though its shards move.
+        manifest = _manifest(preparation, plan, groups)
+        write_aside(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         for split, facts in manifest["splits"].items():
             for shard in facts["shards"]:
                 waiting = preparation.shard(groups[shard["group"]], split)
