@@ -1,13 +1,9 @@
 """A corpus becomes the same bytes in every way of preparing it, interrupted or not."""
 
-import dataclasses
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -16,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from conftest import GOLDEN
+from corpora import CASES, GROUP_BYTES, texts, write_slimpajama, write_starcoder
 
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import corpus as corpus_module
-from tinyllama_jax.data import shards, workers
-from tinyllama_jax.data.corpus import prepare_corpus
+from tinyllama_jax.data import shards
 from tinyllama_jax.data.groups import make_groups
 from tinyllama_jax.data.mixture import Rows
 from tinyllama_jax.data.packing import RECORD, pack
@@ -30,66 +25,6 @@ from tinyllama_jax.data.prepare import read_manifest
 from tinyllama_jax.data.readers import CORPORA, is_held_out
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.data.verify import verify_dataset
-
-GROUP_BYTES = 5_000
-# So few documents need a larger share for a record of validation in each group.
-CASES = {
-    "slimpajama": CORPORA["slimpajama"],
-    "starcoder": dataclasses.replace(CORPORA["starcoder"], held_out_share=0.4),
-}
-
-
-def texts(seed: int, count: int = 24) -> list[str]:
-    lines = (GOLDEN / "text.txt").read_text().splitlines()
-    rng = np.random.default_rng(seed)
-    return ["\n".join(rng.permutation(lines)[: rng.integers(5, len(lines))]) for _ in range(count)]
-
-
-def write_slimpajama(folder: Path) -> None:
-    sets = ["RedPajamaC4", "RedPajamaGithub", "RedPajamaArXiv"]
-    for seed, name in enumerate(
-        [f"train/chunk{c}/example_train_{f}" for c in (1, 10, 2) for f in (0, 1)]
-        + ["validation/chunk1/example_holdout_0", "test/chunk1/example_test_0"]
-    ):
-        rows = [
-            {"text": text, "meta": {"redpajama_set_name": sets[n % 3]}}
-            for n, text in enumerate(texts(seed))
-        ]
-        path = folder / f"{name}.jsonl.zst"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path.write_bytes(pa.compress(data, codec="zstd", asbytes=True))
-
-
-def write_starcoder(folder: Path) -> None:
-    for seed, name in enumerate(["ada/train-00000-of-00001", "c/train-00000-of-00002",
-                                 "c/train-00001-of-00002"]):  # fmt: skip
-        path = folder / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = {"max_stars_count": range(99), "content": texts(seed, 99)}
-        pq.write_table(pa.table(table), path)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpora")
-    write_slimpajama(folder / "slimpajama")
-    write_starcoder(folder / "starcoder")
-    return folder
-
-
-@pytest.fixture
-def prepared(sources, data, tmp_path):
-    """Prepares a corpus in another way each time it is called, into a folder of the test."""
-
-    def prepare(name, out="d", source=None, **options):
-        options = {"processes": 1, "group_bytes": GROUP_BYTES} | options
-        source = source or sources / name
-        return prepare_corpus(
-            name, CASES[name], source, Path(data.tokenizer), tmp_path / out, **options
-        )
-
-    return prepare
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -149,6 +84,7 @@ def test_processes_and_workers_write_the_same_bytes(prepared, name, tmp_path, ca
     wanted = hashes(tmp_path / "one")
     prepared(name, "two", processes=2)
     assert hashes(tmp_path / "two") == wanted
+    assert prepared(name, "three", worker=(98, 99)) is None  # no group is left for it
     # Threads of the tokenizer, where one group has all the cores.
     for worker in (2, 0):
         assert prepared(name, "three", worker=(worker, 3), processes=3) is None
@@ -203,7 +139,7 @@ def test_an_interrupt_at_any_rename_loses_nothing(prepared, tmp_path, monkeypatc
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from test_corpus import CASES, GROUP_BYTES
+from corpora import CASES, GROUP_BYTES
 from tinyllama_jax.data.corpus import prepare_corpus
 
 def begin():
@@ -250,70 +186,6 @@ def test_killed_at_random_and_begun_again_it_ends_in_the_same_bytes(
     assert kills >= 3
     assert hashes(tmp_path / "d") == hashes(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "whole"]
-
-
-ORPHANS = """
-import sys
-from pathlib import Path
-from tinyllama_jax.data.corpus import prepare_corpus
-from tinyllama_jax.data.readers import CORPORA
-
-if __name__ == "__main__":
-    prepare_corpus("files", CORPORA["files"], *map(Path, sys.argv[1:4]), processes=2, group_bytes=1)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which processes are left")
-def test_processes_end_with_a_parent_that_is_killed(data, tmp_path):
-    source, script = tmp_path / "source", tmp_path / "script.py"
-    source.mkdir()
-    script.write_text(ORPHANS)
-    row = json.dumps({"text": (GOLDEN / "text.txt").read_text()}) + "\n"
-    for name in ("a.jsonl", "b.jsonl"):  # more than can be done before the kill
-        (source / name).write_text(row * (40_000_000 // len(row)))
-    parent = subprocess.Popen(
-        [sys.executable, script, source, data.tokenizer, tmp_path / "d"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-    )
-    partial, deadline = tmp_path / "d.partial", time.monotonic() + 60
-    try:
-        while not len(list(partial.glob(".train-*"))) == 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-    finally:
-        parent.kill()
-        parent.wait()
-    children = [Path(f"/proc/{child}") for child in listed.split()]
-    assert len(children) >= 2
-
-    def running(process):
-        try:
-            return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-
-    while any(map(running, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(running, children))
-    assert [path.name for path in partial.glob("train-*")] == []
-
-
-def test_a_process_that_is_killed_or_fails_is_told_and_nothing_is_half_written(
-    prepared, tmp_path, sources, monkeypatch
-):
-    source = tmp_path / "source"
-    write_starcoder(source)
-    (source / "c" / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="c/train-00001-of-00002.parquet is damaged"):
-        prepared("starcoder", source=source, processes=2)
-    left = [path.name for path in (tmp_path / "d.partial").iterdir()]
-    assert not any(name.startswith(".") for name in left), left
-    assert not (tmp_path / "d").exists()
-
-    monkeypatch.setattr(workers, "_begin_process", os.abort)
-    with pytest.raises(UserError, match="was killed"):
-        prepared("starcoder", "e", processes=2)  # as if for want of memory
 
 
 def test_bad_input_is_left_out_counted_and_told(prepared, tmp_path, capsys):
@@ -387,15 +259,6 @@ def test_other_files_or_options_do_not_mix_with_what_is_there(prepared, tmp_path
         prepared("starcoder", "f")
 
 
-def test_progress_is_left_for_programs(prepared, tmp_path, sources):
-    assert prepared("slimpajama", worker=(1, 2)) is None
-    (file,) = (tmp_path / "d.partial" / "groups").glob("progress*.json")
-    facts = json.loads(file.read_text())
-    assert file.name == "progress-1-of-2.json"
-    assert facts["bytes_read"] == facts["bytes"] > 0 and facts["groups_done"] == facts["groups"]
-    assert facts["tokens"] > 0 and facts["tokens_per_sec"] > 0
-
-
 FULL = """
 import resource, sys
 from tinyllama_jax.cli import main
@@ -465,56 +328,3 @@ def test_what_is_no_tokenizer_is_refused(sources, tmp_path, capsys):
     assert cli.main([str(arg) for arg in argv]) == 2
     assert "not a sentencepiece model" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["t.model"]
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def test_verify_finds_what_is_bad_and_names_it(prepared, tmp_path, capsys):
-    prepared("starcoder")
-    folder = tmp_path / "d"
-    assert cli.main(["verify", str(folder)]) == 0
-    assert "whole" in capsys.readouterr().out
-    shard = next(folder.glob("*train.array_record-00000*"))
-
-    def manifest(change):
-        facts = json.loads((folder / "manifest.json").read_text())
-        change(facts)
-        (folder / "manifest.json").write_text(json.dumps(facts))
-
-    def one_token_less(facts):
-        facts["splits"]["train"]["tokens"] -= 1
-
-    def fewer_pieces(facts):
-        facts["tokenizer"]["pieces"] = 300
-
-    def other_lengths():
-        file = folder / "dataset_info.json"
-        lengths = re.compile(r'("shardLengths": \[\s*")\d')
-        file.write_text(lengths.sub(r"\g<1>9", file.read_text()))
-
-    cases = {
-        f"{shard.name} has another sha256": lambda: flip(shard),
-        f"{shard.name} is missing": lambda: shard.unlink(),
-        f"{shard.name} has 0 bytes": lambda: shard.write_bytes(b""),
-        "not in manifest": lambda: (folder / "d-train.array_record-9").write_bytes(b""),
-        "TFDS cannot read it": lambda: (folder / "features.json").unlink(),
-        "dataset_info.json has other shards": other_lengths,
-        "its shards": lambda: manifest(one_token_less),
-        "of 300": lambda: manifest(fewer_pieces),
-        "manifest.json is damaged": lambda: (folder / "manifest.json").write_text("{"),
-    }
-    for words, damage in cases.items():
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        damage()
-        assert cli.main(["verify", str(folder)]) == 1
-        assert words in capsys.readouterr().out
-        for path in folder.iterdir():
-            path.unlink()
-        for path, content in before.items():
-            path.write_bytes(content)
-    assert cli.main(["verify", str(folder)]) == 0
-    assert cli.main(["verify", str(tmp_path / "nowhere")]) == 2

@@ -187,7 +187,13 @@ def test_empty_texts_are_dropped_and_counted(tmp_path):
     assert texts == ["x"] and tally.dropped == {"no text": 2}
 
 
-def test_what_the_system_cannot_read_is_never_skipped(tmp_path):
+def test_what_the_system_cannot_read_is_never_skipped(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise pa.ArrowMemoryError("malloc")
+
+    monkeypatch.setattr(readers, "_json_values", no_memory)
+    with pytest.raises(UserError, match="b.jsonl cannot be read"):
+        read(tmp_path, write(tmp_path, "b.jsonl"))
     for name in ("a.jsonl", "a.jsonl.zst", "a.parquet", "a.txt"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             read(tmp_path, name)

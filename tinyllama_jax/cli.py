@@ -107,7 +107,7 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or worker or processes),
+            not (source or field or drop or worker or processes or on_error == "skip"),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():

@@ -178,7 +178,7 @@ def read_documents(
         return
     except (pa.ArrowException, OSError) as error:
         # Arrow's own have no number: the bytes are wrong, and will be next time.
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
             raise UserError(
                 f"{path} cannot be read ({error}): the same command goes on when it can."
             ) from None
