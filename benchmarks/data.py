@@ -205,7 +205,7 @@ def report(options: Options, rows: list[list[str]], text: str, sizes: dict[str, 
         f"{platform.python_version()}, {versions}, {os.cpu_count()} cores, load average {load}.",
         f"Tokens/s: median (slowest-fastest) of {options.rounds} rounds, by the clock. Ratio: "
         "median of prepare over bare in the same round; of CPU: by CPU seconds, which other work "
-        "on the machine disturbs less.",
+        "on the machine disturbs less: there was some where the load average is above the cores.",
     ]
     date = datetime.date.today().isoformat()
     table = Table(*columns, title=f"Preparing data, {date}", caption="\n".join(legend))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tinyllama_jax.config import UserError, require
 
 LARGEST_DOCUMENT = 2**24
-"""Bytes of UTF-8 above which a document is refused: a tokenizer takes a hundred times its size."""
+"""Bytes of UTF-8 above which a document is refused: sentencepiece takes fifty times its size."""
 LARGEST_LINE = 4 * LARGEST_DOCUMENT  # JSON writes a character in up to six
 PARQUET_ROWS = 256  # read at once
 READ_BYTES = 2**20
