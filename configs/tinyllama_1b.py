@@ -3,9 +3,8 @@
 Run:     python launch/a100_16.py configs/tinyllama_1b.py
          on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
          or, under Slurm, sbatch launch/slurm/a100_16.sbatch configs/tinyllama_1b.py
-Reads:   data/slimpajama (without its GitHub rows) and data/starcoder, datasets in the format of
-         `tinyllama prepare`, which does not read these corpora yet, with the Llama 2 tokenizer,
-         data/llama2/tokenizer.model
+Reads:   data/slimpajama (without its GitHub rows) and data/starcoder, written by `tinyllama
+         prepare` of the same names with the Llama 2 tokenizer, data/llama2/tokenizer.model
 Expect:  1,430,512 steps of 2,097,152 tokens, 3.0000e12 in all. The learning rate is 3.990e-4 at
          step 50,000, 3.094e-4 at 480,000, 1.298e-4 at 955,000 and 4e-5 at the end. The original
          took 90 days on 16 A100-40GB at 24,000 tokens/s each, 8 rows a GPU and micro-batch.

@@ -18,6 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import numpy as np
 import pytest
+from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder
 
 from tinyllama_jax.config import (
     CheckpointConfig,
@@ -29,12 +30,12 @@ from tinyllama_jax.config import (
     SourceConfig,
     ValidationConfig,
 )
+from tinyllama_jax.data.corpus import prepare_corpus
 from tinyllama_jax.data.documents import Document
 from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.runtime.mesh import make_mesh
 
-GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 400
 
 SMALL = LlamaConfig(
@@ -73,6 +74,28 @@ def data(tmp_path_factory) -> DataConfig:
         ),
         tokenizer=str(folder / "tokenizer.model"),
     )
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    write_slimpajama(folder / "slimpajama")
+    write_starcoder(folder / "starcoder")
+    return folder
+
+
+@pytest.fixture
+def prepared(sources, data, tmp_path):
+    """Prepares a corpus in another way each time it is called, into a folder of the test."""
+
+    def prepare(name, out="d", source=None, **options):
+        options = {"processes": 1, "group_bytes": GROUP_BYTES} | options
+        source = source or sources / name
+        return prepare_corpus(
+            name, CASES[name], source, Path(data.tokenizer), tmp_path / out, **options
+        )
+
+    return prepare
 
 
 @pytest.fixture(scope="session")

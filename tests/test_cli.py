@@ -40,7 +40,7 @@ def file(config, tmp_path):
 def test_help_names_every_verb(capsys):
     assert exit_code(["--help"]) == 0
     out = capsys.readouterr().out
-    for verb in ("train", "plan", "prepare", "tokenizer", "convert", "generate"):
+    for verb in ("train", "plan", "prepare", "tokenizer", "verify", "convert", "generate"):
         assert verb in out
         assert exit_code([verb, "--help"]) == 0
 

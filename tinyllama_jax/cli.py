@@ -176,21 +176,84 @@ def tokenizer(
     return DONE
 
 
-def prepare(dataset: Positional[Literal["stdlib"]], /, *, tokenizer: Path, out: Path) -> int:
+def prepare(
+    dataset: Positional[
+        Literal["stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files"]
+    ],
+    /,
+    *,
+    tokenizer: Path,
+    out: Path,
+    source: Path | None = None,
+    field: str | None = None,
+    drop: tuple[str, ...] = (),
+    worker: str | None = None,
+    processes: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> int:
     """Turn raw text into datasets that `train` reads.
 
     Args:
       dataset: `stdlib`: the standard library of this Python, as two sources, prose and code.
+        `files`: a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt and source code.
+        The others: a folder in the layout in which that corpus is published.
       tokenizer: A sentencepiece model.
-      out: Folder for the datasets, one subfolder each.
+      out: Folder to make: the dataset, or for `stdlib` one subfolder each.
+      source: Folder that holds the corpus.
+      field: Of `files`: where a row has its text, `text` by default; dots lead further in.
+      drop: Of `files`: FIELD=VALUE of rows to leave out.
+      worker: i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a
+        call that finds no group missing joins them.
+      processes: Processes on this machine; by default one a core.
+      on_error: Bad input stops, or is left out and counted in the manifest.
     """
+    from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
     from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
+    from tinyllama_jax.data.workers import sigterm_as_interrupt
 
-    for source, folder in prepare_standard_library(tokenizer, out).items():
-        splits = read_manifest(folder)["splits"]
-        counts = [f"{name} {facts['tokens']:,} tokens" for name, facts in splits.items()]
-        print(f"{folder}: {source}, {', '.join(counts)}")
+    if dataset == "stdlib":
+        require(
+            not (source or field or drop or worker or processes or on_error == "skip"),
+            "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
+        )
+        for name, folder in prepare_standard_library(tokenizer, out).items():
+            print(f"{folder}: {name}, {summary(read_manifest(folder))}")
+        return DONE
+    require(source is not None, f"Give the folder that holds {dataset} as --source.")
+    assert source
+    try:
+        with sigterm_as_interrupt():
+            manifest = prepare_corpus(
+                dataset.replace("-", "_"),  # TFDS's names have no hyphens
+                open_corpus(dataset, field, drop),
+                source,
+                tokenizer,
+                out,
+                worker=parse_worker(worker) if worker else (0, 1),
+                processes=processes,
+                on_error=on_error,
+            )
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        return SAVED_AFTER_SIGNAL
+    print(f"{out}: {summary(manifest) if manifest else 'groups of other workers are missing'}")
     return DONE
+
+
+def verify(path: Positional[Path], /) -> int:
+    """Check a dataset: hashes, counts, metadata, ids.
+
+    Args:
+      path: A folder that `prepare` made.
+    """
+    from tinyllama_jax.data.verify import verify_dataset
+
+    bad = verify_dataset(path)
+    for line in bad:
+        print(f"{path}: {line}")
+    if not bad:
+        print(f"{path}: whole")
+    return CHECK_FAILED if bad else DONE
 
 
 def convert(
@@ -318,6 +381,7 @@ VERBS = {
     "plan": plan,
     "prepare": prepare,
     "tokenizer": tokenizer,
+    "verify": verify,
     "convert": convert,
     "generate": generate,
 }

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import runpy
+import socket
 import traceback
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +35,20 @@ def make_folder(path: Path) -> None:
         ) from None
 
 
+def aside_name(path: Path) -> Path:
+    """Where this process writes a file before it is renamed to `path`; no other machine's does."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
 def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under its name in one rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.rename(path)
+    """Writes a whole file under its name in one rename. Raises `OSError`, and leaves nothing."""
+    aside = aside_name(path)
+    try:
+        aside.write_text(text)
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]

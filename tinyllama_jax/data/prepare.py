@@ -10,14 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from etils import epath
+import numpy as np
 from rich.progress import Progress
 
 from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.data.documents import Document, corpus_hash, standard_library
 from tinyllama_jax.data.packing import RECORD, pack, token_dtype
+from tinyllama_jax.data.shards import (
+    ShardWriter,
+    shard_name,
+    token_features,
+    write_tfds_metadata,
+)
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -88,14 +92,7 @@ def write_dataset(
         )
         return there
 
-    features = tfds.features.FeaturesDict(
-        {
-            # TFDS's default encoding is a varint per token, half as fast to read.
-            "tokens": tfds.features.Tensor(
-                shape=(RECORD + 1,), dtype=token_dtype(vocab_size), encoding="bytes"
-            )
-        }
-    )
+    features = token_features(vocab_size)
     make_folder(out.parent)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     with _removed_on_failure(aside), Progress(transient=True) as progress:
@@ -109,11 +106,7 @@ def write_dataset(
                     progress.advance(task, len(batch))
 
             counted = _Counted(token_lists())
-            examples = (
-                features.serialize_example({"tokens": record})
-                for record in pack(counted, vocab_size)
-            )
-            shards = _write_shards(aside, f"{name}-{split}", examples)
+            shards = _write_shards(aside, name, split, features, pack(counted, vocab_size))
             records = sum(shard["records"] for shard in shards)
             require(
                 records > 0,
@@ -127,7 +120,7 @@ def write_dataset(
                 "dropped_tokens": counted.tokens - records * (RECORD + 1),
                 "shards": shards,
             }
-        _write_tfds_metadata(aside, name, features, manifest["splits"])
+        write_tfds_metadata(aside, name, features, manifest["splits"])
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         aside.rename(out)
     return manifest
@@ -175,53 +168,22 @@ class _Counted:
             yield document
 
 
-def _write_shards(folder: Path, stem: str, examples: Iterator[bytes]) -> list[dict[str, Any]]:
+def _write_shards(
+    folder: Path, name: str, split: str, features, records: Iterator[np.ndarray]
+) -> list[dict[str, Any]]:
     """Writes shards of `SHARD_RECORDS` under TFDS's names and describes each for the manifest."""
     folder.mkdir(exist_ok=True)
-    counts, shards = [], []
-    while first := list(itertools.islice(examples, 1)):
-        counts.append(0)
-        # One record a group: rows are read in random order.
-        writer = ArrayRecordWriter(str(folder / f"{stem}-{len(counts)}"), "group_size:1")
-        for example in itertools.chain(first, itertools.islice(examples, SHARD_RECORDS - 1)):
-            writer.write(example)
-            counts[-1] += 1
-        writer.close()
-    for index, records in enumerate(counts):
+    shards = []
+    while first := list(itertools.islice(records, 1)):
+        writer = ShardWriter(folder / f"{split}-{len(shards)}", features)
+        writer.write(itertools.chain(first, itertools.islice(records, SHARD_RECORDS - 1)))
+        shards.append(writer.finish())
+    for index, shard in enumerate(shards):
         # TFDS names a shard by the number of shards, known only now.
-        file = folder / f"{stem}.array_record-{index:05d}-of-{len(counts):05d}"
-        (folder / f"{stem}-{index + 1}").rename(file)
-        shards.append(
-            {
-                "file": file.name,
-                "records": records,
-                "tokens": records * (RECORD + 1),
-                "bytes": file.stat().st_size,
-                "sha256": file_sha256(file),
-            }
-        )
+        file = shard_name(name, split, index, len(shards))
+        (folder / shard["file"]).rename(folder / file)
+        shard["file"] = file
     return shards
-
-
-def _write_tfds_metadata(folder: Path, name: str, features, splits: dict[str, Any]) -> None:
-    """Writes dataset_info.json and features.json, which make the folder a TFDS dataset."""
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[shard["records"] for shard in facts["shards"]],
-            num_bytes=sum(shard["bytes"] for shard in facts["shards"]),
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=epath.Path(folder),
-                dataset_name=name,
-                split=split,
-                filetype_suffix="array_record",
-            ),
-        )
-        for split, facts in splits.items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=infos, check_data=False
-    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,51 @@
+"""SlimPajama and StarCoder in their published layouts, small, with documents of the golden text."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tinyllama_jax.data.readers import CORPORA
+
+GOLDEN = Path(__file__).parent / "golden"
+
+GROUP_BYTES = 5_000
+# So few documents need a larger share for a record of validation in each group.
+CASES = {
+    "slimpajama": CORPORA["slimpajama"],
+    "starcoder": dataclasses.replace(CORPORA["starcoder"], held_out_share=0.4),
+}
+
+
+def texts(seed: int, count: int = 24) -> list[str]:
+    lines = (GOLDEN / "text.txt").read_text().splitlines()
+    rng = np.random.default_rng(seed)
+    return ["\n".join(rng.permutation(lines)[: rng.integers(5, len(lines))]) for _ in range(count)]
+
+
+def write_slimpajama(folder: Path) -> None:
+    sets = ["RedPajamaC4", "RedPajamaGithub", "RedPajamaArXiv"]
+    for seed, name in enumerate(
+        [f"train/chunk{c}/example_train_{f}" for c in (1, 10, 2) for f in (0, 1)]
+        + ["validation/chunk1/example_holdout_0", "test/chunk1/example_test_0"]
+    ):
+        rows = [
+            {"text": text, "meta": {"redpajama_set_name": sets[n % 3]}}
+            for n, text in enumerate(texts(seed))
+        ]
+        path = folder / f"{name}.jsonl.zst"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+def write_starcoder(folder: Path) -> None:
+    for seed, name in enumerate(["ada/train-00000-of-00001", "c/train-00000-of-00002",
+                                 "c/train-00001-of-00002"]):  # fmt: skip
+        path = folder / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"max_stars_count": range(99), "content": texts(seed, 99)}
+        pq.write_table(pa.table(table), path)

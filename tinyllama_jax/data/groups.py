@@ -1,0 +1,177 @@
+"""A group of input files to its shards: the unit of work of a preparation, and its only bytes.
+
+A group is some files in a row, a function of their order and sizes alone, so any number of
+processes on any machines writes the same. It leaves a shard for each of its splits and then a
+sidecar, the JSON of what it did; a group with a sidecar is done.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tinyllama_jax.data.packing import Packer
+from tinyllama_jax.data.readers import (
+    FORMATS,
+    Corpus,
+    OnError,
+    Tally,
+    is_held_out,
+    read_documents,
+    suffix,
+)
+from tinyllama_jax.data.shards import ShardWriter, token_features, write_whole
+from tinyllama_jax.data.tokenizer import load_tokenizer
+
+GROUP_BYTES = 2**28
+"""Of records, about, that a group becomes at least; a group ends with a file."""
+BATCH_BYTES = 2**20  # of text, handed to each of sentencepiece's threads at once
+
+Report = Callable[[int, int], None]
+"""Called with bytes of input and tokens, as they pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Some files of a split, in a row."""
+
+    index: int
+    split: str
+    files: tuple[tuple[str, int], ...]
+    """(name, bytes) of each."""
+
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(size for _, size in self.files)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What all groups share; travels to every process."""
+
+    name: str
+    corpus: Corpus
+    source: Path
+    tokenizer: Path
+    out: Path
+    """The dataset's folder, made in the last step."""
+    on_error: OnError
+
+    @property
+    def folder(self) -> Path:
+        """Where shards and sidecars wait for the last step."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    def sidecar(self, group: Group) -> Path:
+        return self.folder / "groups" / f"{group.index:06d}.json"
+
+    def shard(self, group: Group, split: str) -> Path:
+        return self.folder / f"{split}-{group.index:06d}"
+
+    def is_done(self, group: Group) -> bool:
+        """Whether its sidecar and shards are there, made as `on_error` asks."""
+        try:
+            found = json.loads(self.sidecar(group).read_text())
+            sizes = {self.folder / s["file"]: s["bytes"] for s in found["shards"].values()}
+            whole = all(path.stat().st_size == size for path, size in sizes.items())
+        except FileNotFoundError:
+            return False
+        return whole and not (found["bad"] and self.on_error == "stop")
+
+
+def make_groups(files: dict[str, list[tuple[str, int]]], group_bytes: int) -> list[Group]:
+    """Cuts the files of each split into groups that become about `group_bytes` of records or more.
+
+    Nothing but the files' order, sizes and formats counts. What is left over at the end of a split
+    joins the group before it.
+    """
+    groups = []
+    for split, named in files.items():
+        cut: list[list[tuple[str, int]]] = [[]]
+        expected = 0.0
+        for name, size in named:
+            if expected >= group_bytes:
+                cut.append([])
+                expected = 0.0
+            cut[-1].append((name, size))
+            expected += size * FORMATS[suffix(name)].record_bytes
+        if expected < group_bytes and len(cut) > 1:
+            left = cut.pop()
+            cut[-1] += left
+        groups += [
+            Group(index, split, tuple(part)) for index, part in enumerate(cut, start=len(groups))
+        ]
+    return groups
+
+
+def write_group(
+    preparation: Preparation, group: Group, report: Report, threads: int = 1
+) -> dict[str, Any]:
+    """Reads, tokenises, packs and writes one group; the bytes depend on nothing but its files.
+
+    Args:
+      preparation: what all groups share.
+      group: which one.
+      report: told of the progress.
+      threads: of the tokenizer.
+
+    Returns:
+      The sidecar, as it stands on disk: documents, dropped_tokens and shards of each split that
+      has documents, counts of what was left out, bytes of text.
+
+    Raises:
+      UserError: bad input and `on_error` is "stop"; a file that cannot be read; a full disk.
+    """
+    processor = load_tokenizer(preparation.tokenizer)
+    vocab_size, features = processor.get_piece_size(), token_features(processor.get_piece_size())
+    tally = Tally(preparation.on_error)
+    packers: dict[str, Packer] = {}
+    writers: dict[str, ShardWriter] = {}
+    text_bytes = 0
+
+    def add(split: str, texts: list[str]) -> int:
+        ids = processor.encode(texts, num_threads=threads, return_type="numpy")
+        records_RS = packers.setdefault(split, Packer(vocab_size)).add(ids)
+        if len(records_RS):
+            if split not in writers:
+                writers[split] = ShardWriter(preparation.shard(group, split), features)
+            writers[split].write(records_RS)
+        return len(ids) + sum(map(len, ids))
+
+    with contextlib.ExitStack() as on_exit:
+        on_exit.callback(lambda: [writer.discard() for writer in writers.values()])
+        for batch, size, moved in _batches(preparation, group, tally, BATCH_BYTES * threads):
+            text_bytes += size
+            report(moved, sum(add(split, texts) for split, texts in batch.items()))
+        shards = {split: writers[split].finish() for split in sorted(writers)}
+    found = {
+        "documents": {split: packers[split].documents for split in sorted(packers)},
+        "dropped_tokens": {split: len(packers[split].waiting) for split in sorted(packers)},
+        "shards": shards,
+        "text_bytes": text_bytes,
+        "dropped": dict(sorted(tally.dropped.items())),
+        "bad": list(tally.bad.values()),
+    }
+    write_whole(preparation.sidecar(group), json.dumps(found) + "\n")
+    return found
+
+
+def _batches(
+    preparation: Preparation, group: Group, tally: Tally, size: int
+) -> Iterator[tuple[dict[str, list[str]], int, int]]:
+    """({split: texts}, bytes of the texts, bytes of input since the batch before) of a group."""
+    share, batch, filled = preparation.corpus.held_out_share, {}, 0
+    before = done = 0  # bytes of the files at the last batch, and of those that are read
+    for file, bytes_of_file in group.files:
+        for text, utf8 in read_documents(preparation.source, file, preparation.corpus, tally):
+            held_out = share and is_held_out(utf8, share)
+            batch.setdefault("validation" if held_out else group.split, []).append(text)
+            filled += len(utf8)
+            if filled >= size:
+                now = done + tally.bytes_read
+                yield batch, filled, now - before
+                batch, filled, before = {}, 0, now
+        done += bytes_of_file
+    yield batch, filled, done - before
