@@ -37,6 +37,27 @@ def file(config, tmp_path):
     return config_file(config, tmp_path / "config.py")
 
 
+def test_verify_tells_a_whole_run_and_export_from_damaged_ones(run, tmp_path, capsys):
+    export = tmp_path / "export"
+    assert exit_code(["convert", run, "--to", "hf", export]) == 0
+    assert exit_code(["verify", run]) == exit_code(["verify", export]) == 0
+    assert f"{run}: whole" in capsys.readouterr().out
+    file = max((run / "checkpoints" / "4" / "weights").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (run / "config.json").write_text("{")
+    assert exit_code(["verify", run]) == 1
+    out = capsys.readouterr().out
+    assert "checkpoint 4 is damaged: weights/" in out and "config.json is damaged" in out
+    weights = export / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (export / "tokenizer.model").write_bytes(b"no model")
+    assert exit_code(["verify", export]) == 1
+    out = capsys.readouterr().out
+    assert "model.safetensors is damaged" in out and "is not a sentencepiece model" in out
+
+
 def test_help_names_every_verb(capsys):
     assert exit_code(["--help"]) == 0
     out = capsys.readouterr().out

@@ -241,14 +241,19 @@ def prepare(
 
 
 def verify(path: Positional[Path], /) -> int:
-    """Check a dataset: hashes, counts, metadata, ids.
+    """Check a dataset, a run or an export: hashes, counts, shapes, values.
 
     Args:
-      path: A folder that `prepare` made.
+      path: A folder that `prepare`, `train` or `convert` made; or any Hugging Face Llama.
     """
     from tinyllama_jax.data.verify import verify_dataset
+    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.runtime.checkpoint import is_run, verify_run
 
-    bad = verify_dataset(path)
+    if huggingface.is_hf_folder(path):
+        bad = huggingface.verify_export(path)
+    else:
+        bad = verify_run(path) if is_run(path) else verify_dataset(path)
     for line in bad:
         print(f"{path}: {line}")
     if not bad:

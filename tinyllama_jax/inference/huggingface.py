@@ -17,6 +17,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from tinyllama_jax.config import LlamaConfig, UserError, make_folder, require
+from tinyllama_jax.data.tokenizer import load_tokenizer
 from tinyllama_jax.inference.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
@@ -339,6 +340,26 @@ def load(folder: Path) -> tuple[LlamaConfig, Weights]:
     except safetensors.SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}): download or export it again.") from error
     return config, traverse_util.unflatten_dict(flat, sep=".")
+
+
+def verify_export(folder: Path) -> list[str]:
+    """Reads all of a folder as `load` does, and its tokenizer if it has one.
+
+    Returns:
+      What is bad, a line each; none for a folder that is whole. There is no hash to compare with:
+      a flipped bit that leaves a number finite is not seen.
+    """
+    bad = []
+    try:
+        load(folder)
+    except UserError as error:
+        bad.append(str(error))
+    try:
+        if (folder / "tokenizer.model").exists():
+            load_tokenizer(folder / "tokenizer.model")
+    except UserError as error:
+        bad.append(str(error))
+    return bad
 
 
 def check(folder: Path, config: LlamaConfig, weights: Weights) -> float:

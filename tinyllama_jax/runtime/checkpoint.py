@@ -23,7 +23,14 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tinyllama_jax.config import CheckpointConfig, UserError, make_folder, require, write_aside
+from tinyllama_jax.config import (
+    CheckpointConfig,
+    UserError,
+    make_folder,
+    model_of_run,
+    require,
+    write_aside,
+)
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.mesh import named_leaves
 
@@ -89,6 +96,29 @@ def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
         return checkpoints, newest[0]
     checkpoints.require_whole(step)
     return checkpoints, step
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run that has begun to save."""
+    return (folder / "checkpoints").is_dir()
+
+
+def verify_run(run: Path) -> list[str]:
+    """Reads a run's config, and hashes all its checkpoints.
+
+    Returns:
+      What is bad, a line each; none for a run that is whole.
+    """
+    bad = []
+    try:
+        model_of_run(run)
+    except UserError as error:
+        bad.append(str(error))
+    checkpoints = Checkpoints(run)
+    for step in checkpoints.steps():
+        if (damage := checkpoints.damage(step)) is not None:
+            bad.append(f"checkpoint {step} is damaged: {damage}")
+    return bad
 
 
 class Checkpoints:
@@ -178,7 +208,7 @@ class Checkpoints:
         def find() -> tuple[int, dict[str, Any]] | None:
             passed = []
             for step in reversed(self.steps()):
-                damage = self._damage(step)
+                damage = self.damage(step)
                 if damage is None:
                     if not self._read_only:
                         self._move_aside(passed)
@@ -210,7 +240,7 @@ class Checkpoints:
                 step in self.steps(),
                 f"{self.folder} has no checkpoint of step {step}, only {self.steps()}.",
             )
-            damage = self._damage(step)
+            damage = self.damage(step)
             require(
                 damage is None,
                 f"Checkpoint {step} of {self.folder} is damaged ({damage}): take another of "
@@ -293,7 +323,7 @@ class Checkpoints:
         # As Orbax wrote them, but without its manager, whose restore waits for the other processes.
         return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
-    def _damage(self, step: int) -> str | None:
+    def damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
         folder = self.folder / str(step)
         if any(not (folder / item).is_dir() for item in ITEMS):
