@@ -292,7 +292,12 @@ def test_a_signal_ends_with_the_exit_code_of_what_goes_on(number, monkeypatch, c
         corpus_module, "prepare_corpus", lambda *_, **__: os.kill(os.getpid(), number)
     )
     argv = ["prepare", "files", "--source", ".", "--tokenizer", "t", "--out", "out"]
-    assert cli.main(argv) == 75
+    # A suite that was started in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(argv) == 75
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "the same command goes on" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from tinyllama_jax.config import UserError, make_folder, require, write_aside
+from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.runtime.processes import every, exit_code, tell, together
 
 WATCHDOG = 124
@@ -155,6 +155,7 @@ class Watch:
         every("")
         make_folder(self._folder)
         self._write()
+        every("")  # nobody looks for a file before it is there, which NFS would remember
         deadline = time.monotonic() + SILENCE
         missing = set(range(self._count))
         while missing and time.monotonic() < deadline:
@@ -264,10 +265,17 @@ class Watch:
         }
 
     def _write(self) -> None:
-        # A disk that is full or away for a while must not end the thread.
+        # In place: on NFS a name leads to the file before a rename for up to a minute, but opening
+        # a file shows what was last closed. Who reads half of it keeps what it read before. A disk
+        # that is full or away for a while must not end the thread.
         with self._writing, contextlib.suppress(OSError):
             self._beat += 1
-            write_aside(self._folder / f"{self._me}.json", json.dumps(self._state()))
+            state = json.dumps(self._state()).encode()
+            file = os.open(self._folder / f"{self._me}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.ftruncate(file, os.write(file, state))
+            finally:
+                os.close(file)
 
     def _read(self, process: int) -> dict[str, Any] | None:
         try:
