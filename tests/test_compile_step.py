@@ -10,10 +10,11 @@ from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 
 from tinyllama_jax.config import load_config
 from tinyllama_jax.runtime.compiler import GPU_OPTIONS, compiler_options, is_known
-from tinyllama_jax.runtime.mesh import batch_sharding, make_mesh
+from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.targets import A100_40G, absent_devices
+from tinyllama_jax.training.plan import lower_step
 from tinyllama_jax.training.program import Program, read_program
-from tinyllama_jax.training.step import abstract_state, make_step
+from tinyllama_jax.training.step import abstract_state
 
 pytestmark = pytest.mark.compile
 
@@ -25,13 +26,7 @@ A100_TOKENS_PER_SEC = 30_700  # excellent; a slower step hides more
 
 def compile_step(config, hosts, data=1):
     mesh = make_mesh(data=data, devices=absent_devices(A100_40G, hosts=hosts, per_host=8))
-    rows = batch_sharding(mesh, rows_axis=1)
-    shape, context = (config.micro_batches, config.micro_rows), config.model.context
-    tokens = jax.ShapeDtypeStruct((*shape, context + 1), "int32", sharding=rows)
-    weights = jax.ShapeDtypeStruct((*shape, context), "float32", sharding=rows)
-    with jax.set_mesh(mesh):
-        lowered = make_step(config, mesh).lower(abstract_state(config, mesh), tokens, weights)
-        return lowered.compile(compiler_options=OPTIMISED)
+    return lower_step(config, mesh).compile(compiler_options=OPTIMISED)
 
 
 @pytest.fixture(scope="module")

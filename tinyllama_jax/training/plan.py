@@ -260,7 +260,7 @@ def plan(
     )
 
 
-def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The step as it runs, for a mesh whose devices need not be here."""
     rows = batch_sharding(mesh, rows_axis=1)
     shape, context = (config.micro_batches, config.micro_rows), config.model.context
@@ -268,7 +268,12 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     weights_ABT = jax.ShapeDtypeStruct((*shape, context), "float32", sharding=rows)
     with jax.set_mesh(mesh):
         step = make_step(config, mesh)
-        return step.lower(abstract_state(config, mesh), tokens_ABS, weights_ABT).compile()
+        return step.lower(abstract_state(config, mesh), tokens_ABS, weights_ABT)
+
+
+def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+    """The same, compiled."""
+    return lower_step(config, mesh).compile()
 
 
 def _attention_backend(config: Config, target: Target) -> AttentionBackend:

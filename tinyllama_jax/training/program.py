@@ -219,10 +219,9 @@ class _Schedule:
 
     def _matmul_flops(self, computation: str, instruction: _Instruction) -> int:
         """Of a matrix product, or of those inside a fusion."""
-        called = instruction.attribute(r"calls=%?([\w.-]+)")
-        if instruction.opcode in ("fusion", "fusion-start") and called:
-            inside = self.computations[called].values()
-            return sum(self._matmul_flops(called, other) for other in inside)
+        if fused := _fused(instruction):
+            inside = self.computations[fused].values()
+            return sum(self._matmul_flops(fused, other) for other in inside)
         if instruction.opcode != "dot" and "__cublas" not in instruction.line:
             return 0
         dims = instruction.attribute(r'lhs_contracting_dim(?:ension)?s"?[=:][{\["]*([\d,"]*)')
@@ -233,9 +232,8 @@ class _Schedule:
     def _traffic(self, computation: str, instruction: _Instruction) -> int:
         """Bytes that an instruction reads and writes: of a slice, and of an update in place, the
         part alone."""
-        called = instruction.attribute(r"calls=%?([\w.-]+)")
-        if instruction.opcode in ("fusion", "fusion-start") and called:
-            inside = self.computations[called]
+        if fused := _fused(instruction):
+            inside = self.computations[fused]
             parameters = [i for i in inside.values() if i.opcode == "parameter"]
             root = next(i for i in inside.values() if i.is_root)
             results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
@@ -247,6 +245,13 @@ class _Schedule:
         if instruction.opcode == "dynamic-update-slice":
             return 2 * around[instruction.operands[1]].bytes
         return instruction.bytes + sum(around[name].bytes for name in instruction.operands)
+
+
+def _fused(instruction: _Instruction) -> str | None:
+    """The computation of a fusion; None for any other instruction."""
+    if instruction.opcode not in ("fusion", "fusion-start"):
+        return None
+    return instruction.attribute(r"calls=%?([\w.-]+)")
 
 
 def _through_bitcasts(inside: dict[str, _Instruction], name: str) -> str:
