@@ -12,7 +12,7 @@ from tinyllama_jax.config import AttentionBackend, Config, require
 from tinyllama_jax.data.mixture import make_mixture
 from tinyllama_jax.data.packing import RECORD
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
-from tinyllama_jax.model.attention import choose_backend, why_not
+from tinyllama_jax.model.attention import choose_backend
 from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, check_fits, make_mesh
 from tinyllama_jax.runtime.targets import (
     NODE_DEVICES,
@@ -31,7 +31,7 @@ from tinyllama_jax.training.memory import (
     state_bytes,
 )
 from tinyllama_jax.training.program import Collective, read_program
-from tinyllama_jax.training.step import abstract_state, make_step
+from tinyllama_jax.training.step import abstract_state, check_attention_on, make_step
 
 RESERVE = 3 * 2**29  # 1.5 GiB that NCCL and cuBLAS take, which no compiled program counts
 USABLE = 0.9  # of a card: the rest is lost to the driver, to fragments and to JAX's own margin
@@ -278,13 +278,11 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 
 def _attention_backend(config: Config, target: Target) -> AttentionBackend:
     """What the run would take on the card. Raises UserError if it cannot do what the run needs."""
-    chip, width = roofline.chip_of(target), config.model.head_width
-    dtype, backend = planned_dtype(config), config.execution.attention
-    if backend == "auto":
-        backend, _ = choose_backend(chip, dtype, width, documents=False)
-    complaint = why_not(backend, chip, dtype, width, documents=False)
-    require(complaint is None, f"execution.attention {backend} {complaint}; auto takes what can.")
-    return backend
+    chip, dtype = roofline.chip_of(target), planned_dtype(config)
+    check_attention_on(config, chip, dtype)
+    if config.execution.attention != "auto":
+        return config.execution.attention
+    return choose_backend(chip, dtype, config.model.head_width, documents=False)[0]
 
 
 def _with_attention(config: Config, backend: AttentionBackend) -> Config:

@@ -36,13 +36,17 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
 
 def check_attention(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the backend that the config names cannot do what the run needs of it."""
+    with jax.set_mesh(mesh):
+        chip = device_chip()
+    check_attention_on(config, chip, compute_dtype(config, mesh))
+
+
+def check_attention_on(config: Config, chip: str, dtype: jnp.dtype) -> None:
+    """The same for a chip by its name in `CHIPS`, or `cpu`."""
     backend = config.execution.attention
     if backend == "auto":
         return
-    with jax.set_mesh(mesh):
-        chip = device_chip()
-    dtype, width = compute_dtype(config, mesh), config.model.head_width
-    complaint = why_not(backend, chip, dtype, width, documents=False)
+    complaint = why_not(backend, chip, dtype, config.model.head_width, documents=False)
     require(
         complaint is None,
         f"execution.attention {backend} {complaint}; auto takes what can do it.",
