@@ -20,7 +20,7 @@ from tinyllama_jax.data import corpus as corpus_module
 from tinyllama_jax.data import shards
 from tinyllama_jax.data.groups import make_groups
 from tinyllama_jax.data.mixture import Rows
-from tinyllama_jax.data.packing import RECORD, pack
+from tinyllama_jax.data.packing import RECORD, Packer, pack
 from tinyllama_jax.data.prepare import read_manifest
 from tinyllama_jax.data.readers import CORPORA, is_held_out
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
@@ -61,7 +61,7 @@ def test_the_records_are_the_documents_in_order(prepared, name, data, tmp_path, 
         for size in sizes if len(documents) > 1 else [1]:
             part = sum(documents[at : at + size], [])
             ids = [tokenizer.encode(text) for text in part]
-            wanted += pack(ids, 400)
+            wanted += pack(ids, Packer(400))
             tokens += sum(len(document) + 1 for document in ids)
             at += size
         found = tfds.builder_from_directory(tmp_path / "d").as_data_source(split)
@@ -94,6 +94,31 @@ def test_processes_and_workers_write_the_same_bytes(prepared, name, tmp_path, ca
     before = (tmp_path / "one" / "manifest.json").stat().st_mtime_ns
     assert prepared(name, "one") == read_manifest(tmp_path / "one")
     assert (tmp_path / "one" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_best_fit_holds_the_documents_whole(prepared, data, tmp_path):
+    prepared("slimpajama", "two", best_fit=2048)
+    prepared("slimpajama", "three", best_fit=2048, processes=2)
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "three")
+    manifest = prepared("slimpajama", "one", best_fit=2048, group_bytes=10**9)
+    assert manifest["packing"] == {"kind": "best fit", "row_tokens": 2048}
+    assert not verify_dataset(tmp_path / "one")
+
+    tokenizer, facts = load_tokenizer(data.tokenizer), manifest["splits"]["train"]
+    documents = [t for seed in range(6) for n, t in enumerate(texts(seed)) if n % 3 != 1]
+    wanted = {tuple([*tokenizer.encode(text), 2]) for text in documents}
+    records = tfds.builder_from_directory(tmp_path / "one").as_data_source("train")
+    # A record's last token begins the next row.
+    stream = np.concatenate([record["tokens"][:RECORD] for record in records])
+    parts = [part.tolist() for part in np.split(stream, np.flatnonzero(stream == 2) + 1)]
+    found = {tuple(part) for part in parts if len(part) > 1}
+    assert found < wanted and facts["cut_documents"] == 0
+    assert facts["documents"] == len(wanted)
+    assert facts["dropped_tokens"] == sum(map(len, wanted - found))
+    assert facts["padding_tokens"] == sum(part == [2] for part in parts) > 0
+    assert facts["fill_rate"] == 1 - facts["padding_tokens"] / len(stream)
+    with pytest.raises(UserError, match="made from other files, options"):
+        prepared("slimpajama", "one", best_fit=4096, group_bytes=10**9)
 
 
 def test_groups_are_a_function_of_order_and_size():

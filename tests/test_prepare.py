@@ -14,7 +14,7 @@ from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare
 from tinyllama_jax.data.documents import SOURCES, SPLITS, passages
 from tinyllama_jax.data.mixture import Rows
-from tinyllama_jax.data.packing import pack
+from tinyllama_jax.data.packing import Packer, pack
 from tinyllama_jax.data.prepare import read_manifest, write_dataset
 from tinyllama_jax.data.tokenizer import EOS, file_sha256, load_tokenizer
 
@@ -29,7 +29,7 @@ def test_a_dataset_is_read_back_by_tfds_alone(data, splits, tmp_path, monkeypatc
     manifest = write_dataset("prose", splits, data.tokenizer, tmp_path / "d")
     tokenizer = load_tokenizer(data.tokenizer)
     for split, documents in splits.items():
-        wanted = list(pack([tokenizer.encode(d.text) for d in documents], 400))
+        wanted = list(pack([tokenizer.encode(d.text) for d in documents], Packer(400)))
         source = tfds.builder_from_directory(tmp_path / "d").as_data_source(split=split)
         assert len(source) == len(wanted) == manifest["splits"][split]["records"]
         for record, found in zip(wanted, source, strict=True):

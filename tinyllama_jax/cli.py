@@ -190,6 +190,7 @@ def prepare(
     worker: str | None = None,
     processes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    best_fit: int | None = None,
 ) -> int:
     """Turn raw text into datasets that `train` reads.
 
@@ -206,6 +207,8 @@ def prepare(
         call that finds no group missing joins them.
       processes: Processes on this machine; by default one a core.
       on_error: Bad input stops, or is left out and counted in the manifest.
+      best_fit: Tokens of a row, the model's context: documents that fit one are never cut, and
+        what is left of a row is padded. By default documents are concatenated.
     """
     from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
     from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
@@ -213,7 +216,7 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or worker or processes or on_error == "skip"),
+            not (source or field or drop or worker or processes or best_fit or on_error == "skip"),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
@@ -232,6 +235,7 @@ def prepare(
                 worker=parse_worker(worker) if worker else (0, 1),
                 processes=processes,
                 on_error=on_error,
+                best_fit=best_fit,
             )
     except KeyboardInterrupt:
         print("Stopped; the same command goes on.", file=sys.stderr)

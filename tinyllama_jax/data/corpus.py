@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyllama_jax.config import UserError, make_folder, require
-from tinyllama_jax.data.groups import GROUP_BYTES, Group, Preparation, make_groups
+from tinyllama_jax.data.groups import (
+    GROUP_BYTES,
+    PACKER_FACTS,
+    Group,
+    Preparation,
+    make_groups,
+    make_packer,
+)
 from tinyllama_jax.data.packing import RECORD, token_dtype
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
 from tinyllama_jax.data.readers import CORPORA, Corpus, OnError, list_files
@@ -37,10 +44,12 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
     """Returns (all that decides the bytes of the dataset, its groups).
 
     Raises:
-      UserError: a bad tokenizer, or a source folder that does not hold the corpus.
+      UserError: a bad tokenizer, a source folder that does not hold the corpus, or rows that do
+        not fill a record.
     """
     corpus = preparation.corpus
     vocab_size = load_tokenizer(preparation.tokenizer).get_piece_size()
+    make_packer(vocab_size, preparation.row_tokens)  # may complain here, before all else
     files, unknown = list_files(corpus, preparation.source)
     listed = [[split, name, size] for split in files for name, size in files[split]]
     plan = {
@@ -55,6 +64,11 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
         "field": corpus.field,
         "filters": [f"drop {field} = {value}" for field, value in corpus.drop],
         "held_out_share": corpus.held_out_share,
+        "packing": (
+            {"kind": "concatenation"}
+            if preparation.row_tokens is None
+            else {"kind": "best fit", "row_tokens": preparation.row_tokens}
+        ),
         "group_bytes": group_bytes,
         "tokenizer": {"sha256": file_sha256(preparation.tokenizer), "pieces": vocab_size},
         "bos": False,
@@ -178,18 +192,21 @@ def _manifest(
             for index, found in enumerate(sidecars)
             if split in found["shards"]
         ]
-        waste = sum(found["dropped_tokens"].get(split, 0) for found in sidecars)
+        counts = {
+            fact: sum(found[fact].get(split, 0) for found in sidecars) for fact in PACKER_FACTS
+        }
         require(
             bool(shards),
-            f"{preparation.name}/{split} has {waste:,} tokens in groups of fewer than the "
-            f"{RECORD + 1:,} of one record: give more text, and remove {preparation.folder}.",
+            f"{preparation.name}/{split} has {counts['dropped_tokens']:,} tokens in groups of "
+            f"fewer than the {RECORD + 1:,} of one record: give more text, and remove "
+            f"{preparation.folder}.",
         )
         records = sum(shard["records"] for _, shard in shards)
         splits[split] = {
-            "documents": sum(found["documents"].get(split, 0) for found in sidecars),
+            **counts,
+            "fill_rate": 1 - counts["padding_tokens"] / (records * RECORD),
             "records": records,
             "tokens": records * (RECORD + 1),
-            "dropped_tokens": waste,
             "shards": [
                 shard
                 | {
@@ -220,6 +237,7 @@ def prepare_corpus(
     worker: tuple[int, int] = (0, 1),
     processes: int | None = None,
     on_error: OnError = "stop",
+    best_fit: int | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> dict[str, Any] | None:
     """Prepares a corpus as the dataset `out`, or goes on with it, or leaves it alone if complete.
@@ -233,6 +251,8 @@ def prepare_corpus(
       worker: (i, n): of n workers, this one does the groups whose index mod n is i.
       processes: of this worker; as many as it may use cores by default.
       on_error: what to do with bad input, see `Tally`.
+      best_fit: tokens of the rows into which documents are packed whole, with padding; by default
+        they are concatenated.
       group_bytes: see `make_groups`.
 
     Returns:
@@ -241,7 +261,7 @@ def prepare_corpus(
     Raises:
       UserError: all that `write_group`, `plan_corpus`, `begin` and `join_groups` raise.
     """
-    preparation = Preparation(name, corpus, source, tokenizer, out, on_error)
+    preparation = Preparation(name, corpus, source, tokenizer, out, on_error, best_fit)
     plan, groups = plan_corpus(preparation, group_bytes)
     if out.exists():
         return open_finished(plan, out)
@@ -289,7 +309,11 @@ def open_corpus(name: str, field: str | None, drop: Sequence[str]) -> Corpus:
 
 def summary(manifest: dict[str, Any]) -> str:
     """A dataset in one line: tokens of each split, and what was left out."""
-    parts = [f"{split} {facts['tokens']:,} tokens" for split, facts in manifest["splits"].items()]
+    parts = []
+    for split, facts in manifest["splits"].items():
+        parts.append(f"{split} {facts['tokens']:,} tokens")
+        if facts.get("padding_tokens"):
+            parts[-1] += f" ({1 - facts['fill_rate']:.2%} padding)"
     skipped = manifest.get("skipped", {"dropped": {}, "bad": []})
     parts += [f"{count:,} documents dropped: {why}" for why, count in skipped["dropped"].items()]
     if skipped["bad"]:

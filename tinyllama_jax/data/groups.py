@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllama_jax.data.packing import Packer
+import numpy as np
+
+from tinyllama_jax.data.packing import BestFitPacker, Packer
 from tinyllama_jax.data.readers import (
     FORMATS,
     Corpus,
@@ -28,6 +30,9 @@ from tinyllama_jax.data.tokenizer import load_tokenizer
 GROUP_BYTES = 2**28
 """Of records, about, that a group becomes at least; a group ends with a file."""
 BATCH_BYTES = 2**20  # of text, handed to each of sentencepiece's threads at once
+
+PACKER_FACTS = ("documents", "cut_documents", "dropped_tokens", "padding_tokens")
+"""Attributes of a packer that the manifest gives for each split."""
 
 Report = Callable[[int, int], None]
 """Called with bytes of input and tokens, as they pass."""
@@ -58,6 +63,8 @@ class Preparation:
     out: Path
     """The dataset's folder, made in the last step."""
     on_error: OnError
+    row_tokens: int | None
+    """Of best-fit packing; None: documents are concatenated."""
 
     @property
     def folder(self) -> Path:
@@ -106,6 +113,11 @@ def make_groups(files: dict[str, list[tuple[str, int]]], group_bytes: int) -> li
     return groups
 
 
+def make_packer(vocab_size: int, row_tokens: int | None) -> Packer:
+    """What packs the documents of one split. Raises `UserError` if rows do not fill a record."""
+    return Packer(vocab_size) if row_tokens is None else BestFitPacker(vocab_size, row_tokens)
+
+
 def write_group(
     preparation: Preparation, group: Group, report: Report, threads: int = 1
 ) -> dict[str, Any]:
@@ -118,8 +130,8 @@ def write_group(
       threads: of the tokenizer.
 
     Returns:
-      The sidecar, as it stands on disk: documents, dropped_tokens and shards of each split that
-      has documents, counts of what was left out, bytes of text.
+      The sidecar, as it stands on disk: `PACKER_FACTS` and shards of each split that has
+      documents, counts of what was left out, bytes of text.
 
     Raises:
       UserError: bad input and `on_error` is "stop"; a file that cannot be read; a full disk.
@@ -133,22 +145,30 @@ def write_group(
 
     def add(split: str, texts: list[str]) -> int:
         ids = processor.encode(texts, num_threads=threads, return_type="numpy")
-        records_RS = packers.setdefault(split, Packer(vocab_size)).add(ids)
-        if len(records_RS):
-            if split not in writers:
-                writers[split] = ShardWriter(preparation.shard(group, split), features)
-            writers[split].write(records_RS)
+        if split not in packers:
+            packers[split] = make_packer(vocab_size, preparation.row_tokens)
+        write(split, packers[split].add(ids))
         return len(ids) + sum(map(len, ids))
+
+    def write(split: str, records_RS: np.ndarray) -> None:
+        if len(records_RS) and split not in writers:
+            writers[split] = ShardWriter(preparation.shard(group, split), features)
+        if len(records_RS):
+            writers[split].write(records_RS)
 
     with contextlib.ExitStack() as on_exit:
         on_exit.callback(lambda: [writer.discard() for writer in writers.values()])
         for batch, size, moved in _batches(preparation, group, tally, BATCH_BYTES * threads):
             text_bytes += size
             report(moved, sum(add(split, texts) for split, texts in batch.items()))
+        for split, packer in packers.items():
+            write(split, packer.finish())
         shards = {split: writers[split].finish() for split in sorted(writers)}
     found = {
-        "documents": {split: packers[split].documents for split in sorted(packers)},
-        "dropped_tokens": {split: len(packers[split].waiting) for split in sorted(packers)},
+        **{
+            fact: {split: getattr(packers[split], fact) for split in sorted(packers)}
+            for fact in PACKER_FACTS
+        },
         "shards": shards,
         "text_bytes": text_bytes,
         "dropped": dict(sorted(tally.dropped.items())),

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.data.documents import Document, corpus_hash, standard_library
-from tinyllama_jax.data.packing import RECORD, pack, token_dtype
+from tinyllama_jax.data.packing import RECORD, Packer, pack, token_dtype
 from tinyllama_jax.data.shards import (
     ShardWriter,
     shard_name,
@@ -106,7 +106,7 @@ def write_dataset(
                     progress.advance(task, len(batch))
 
             counted = _Counted(token_lists())
-            shards = _write_shards(aside, name, split, features, pack(counted, vocab_size))
+            shards = _write_shards(aside, name, split, features, pack(counted, Packer(vocab_size)))
             records = sum(shard["records"] for shard in shards)
             require(
                 records > 0,
