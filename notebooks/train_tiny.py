@@ -30,13 +30,14 @@ from IPython.display import display
 
 from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
 from tinyllama_jax.data import mixture
+from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.documents import standard_library
 from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer, train_tokenizer
 from tinyllama_jax.inference.evaluate import evaluate, make_score, unigram_entropy
 from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
-from tinyllama_jax.training.step import compute_dtype, init_state, loss_weights, make_step
+from tinyllama_jax.training.step import compute_dtype, init_state, make_step
 
 # %matplotlib inline
 rich.reconfigure(quiet=True, force_jupyter=False)  # its bars ask for ipywidgets here

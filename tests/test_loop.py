@@ -211,6 +211,36 @@ def test_a_run_goes_on_across_a_change_of_the_batch_size(config, monkeypatch, me
     assert losses(plain)[7] != losses(unbroken)[7]
 
 
+def test_a_run_on_packed_documents_that_are_masked(config, prepared, mesh):
+    manifest = prepared("slimpajama", best_fit=config.model.context * 16)
+    prose = dataclasses.replace(
+        config.data.sources[0], path=str(Path(config.run_folder).parent / "d"), max_epochs=9
+    )
+    data = dataclasses.replace(config.data, sources=(prose, config.data.sources[1]))
+    runs = []
+    for name, changes in (("plain", {}), ("masked", {"mask_documents": True}),
+                          ("rest", {"first_tokens": False})):  # fmt: skip
+        runs.append(elsewhere(config, name, data=dataclasses.replace(data, **changes), steps=4))
+        assert loop.run(runs[-1], mesh)
+    first = [losses(run)[1] for run in runs]
+    assert len(set(first)) == 3 and max(first) - min(first) < 0.1
+    newest = Checkpoints(runs[1].run_folder).newest()
+    ledger = newest[1]["ledger"]
+    assert ledger["data/prose/rows"] + ledger["data/code/rows"] == runs[1].rows_after(4)
+    fill = manifest["splits"]["train"]["fill_rate"]
+    prose_tokens = ledger["data/prose/rows"] * config.model.context * fill
+    assert ledger["data/prose/tokens"] == round(prose_tokens)
+    total = ledger["data/tokens"]
+    assert abs(ledger["data/prose/tokens"] - 0.7 * total) <= config.model.context
+    with pytest.raises(UserError, match="mask_documents: True -> False"):
+        loop.run(dataclasses.replace(runs[1], data=data), mesh)
+    capped = dataclasses.replace(prose, max_epochs=0.01)
+    with pytest.raises(UserError, match="its max_epochs is 0.01"):
+        loop.run(
+            dataclasses.replace(runs[0], data=dataclasses.replace(data, sources=(capped,))), mesh
+        )
+
+
 def test_a_larger_batch_reads_the_rows_that_follow(config, data):
     """The order does not know the batch size: whatever the stages, the same rows in a row."""
     rows = [Rows(s.path, "train", config.model.context, 400) for s in data.sources]

@@ -22,8 +22,9 @@ def train(mesh_shape: tuple[int, int], gather: str, dtype: str) -> list[float]:
     from conftest import SMALL
 
     from tinyllama_jax.config import Config, DataConfig, ExecutionConfig, OptimizerConfig
+    from tinyllama_jax.data.boundaries import loss_weights
     from tinyllama_jax.runtime.mesh import make_mesh, put_batch
-    from tinyllama_jax.training.step import init_state, loss_weights, make_step
+    from tinyllama_jax.training.step import init_state, make_step
 
     data, fsdp = mesh_shape
     config = Config(

@@ -19,6 +19,7 @@ from tinyllama_jax.data.mixture import (
     Rows,
     _floor,
     batches,
+    check_epochs,
     fingerprint,
     ledger,
     make_mixture,
@@ -28,7 +29,7 @@ from tinyllama_jax.data.mixture import (
 class Numbers:
     """A source whose row i is the number i, with the source's own offset."""
 
-    context = 1
+    context, fill = 1, Fraction(1)
 
     def __init__(self, count, offset):
         self.count, self.offset = count, offset
@@ -262,11 +263,42 @@ def test_the_ledger_counts_tokens_and_epochs():
     found = ledger(["prose", "code"], SEVENTY_TO_THIRTY, SOURCES, 100)
     assert found == {
         "data/tokens": 100,
+        "data/prose/rows": 70,
         "data/prose/tokens": 70,
         "data/prose/epochs": 70 / 50,
+        "data/code/rows": 30,
         "data/code/tokens": 30,
         "data/code/epochs": 30 / 20,
     }
+
+
+def test_a_source_with_padding_gives_more_rows_and_the_same_tokens():
+    sources = (SourceConfig("padded", "", 0.7), SourceConfig("full", "", 0.3))
+    fills = [Fraction(4, 5), Fraction(1)]
+    data = DataConfig(sources, (StageConfig(64 * 10**6, (0.2, 0.8)),))
+    mixture = make_mixture(data, 64, fills)
+    for start, share in ((0, Fraction(7, 10)), (10**6, Fraction(1, 5))):
+        before = mixture.counts(start)
+        for rows in (1000, 2000, 10**6):
+            counts = [b - a for a, b in zip(before, mixture.counts(start + rows), strict=True)]
+            tokens = [count * fill for count, fill in zip(counts, fills, strict=True)]
+            assert abs(tokens[0] - share * sum(tokens)) <= 1, "not exact to within a row"
+    padded, full = Numbers(50, 0), Numbers(20, 1000)
+    padded.fill = fills[0]
+    found = ledger(["padded", "full"], mixture, [padded, full], 1000)
+    assert found["data/padded/rows"] + found["data/full/rows"] == 1000
+    assert found["data/padded/tokens"] == round(found["data/padded/rows"] * 0.8)
+    assert found["data/tokens"] == found["data/padded/tokens"] + found["data/full/tokens"] < 1000
+
+
+def test_a_run_that_repeats_a_source_too_often_is_refused():
+    def data(cap):
+        return DataConfig((SourceConfig("prose", "", 0.7), SourceConfig("code", "", 0.3, cap)))
+
+    for cap in (None, 15):
+        check_epochs(data(cap), SEVENTY_TO_THIRTY, SOURCES, 1000)
+    with pytest.raises(UserError, match="code 15.05 times and its max_epochs is 15"):
+        check_epochs(data(15), SEVENTY_TO_THIRTY, SOURCES, 1003)
 
 
 def test_rows_cut_records_without_losing_a_target(data):

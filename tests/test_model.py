@@ -117,3 +117,10 @@ def test_every_weight_has_a_row_in_the_table_of_axes(mesh):
     shardings(weights, mesh)
     with pytest.raises(KeyError, match="no row"):
         shardings({"weights": weights | {"bias_D": weights["norm_D"]}}, mesh)
+
+
+def test_positions_begin_anew_in_each_document():
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0, 4], [7, 3, 3, 3, 3, 3, 3, 3]])
+    found = llama.positions(8, segments)
+    assert found.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6]]
+    assert llama.positions(3, None).tolist() == [[0, 1, 2]]

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from tinyllama_jax.config import ExecutionConfig, UserError
+from tinyllama_jax.data.boundaries import loss_weights
+from tinyllama_jax.data.tokenizer import EOS
+from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, named_leaves, put_batch
-from tinyllama_jax.training.step import abstract_state, init_state, loss_weights, make_step
+from tinyllama_jax.training.step import abstract_state, init_state, make_step
 
 
 def random_batches(config, count, seed=0):
@@ -72,6 +75,40 @@ def test_every_way_to_compute_gives_the_losses_of_the_plain_one(config, mesh, ex
     assert worst(plain_state, state) < 2e-4
 
 
+@pytest.mark.parametrize(
+    "execution",
+    [
+        ExecutionConfig(),
+        ExecutionConfig(unroll_layers=True),
+        ExecutionConfig(recompute="elementwise", gather="layer"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_masked_documents_are_learned_as_if_each_stood_alone(config, execution, devices):
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, mask_documents=True), execution=execution
+    )
+    (tokens_ABS,) = random_batches(config, 1)
+    rng = np.random.default_rng(1)
+    tokens_ABS[rng.random(tokens_ABS.shape) < 0.1] = EOS
+    tokens_ABS[:, ::3, -9:] = EOS  # padding
+    weights = llama.init_weights(config.model, jax.random.key(config.seed))
+    losses = []
+    for row in tokens_ABS.reshape(-1, tokens_ABS.shape[-1]):
+        start = 0
+        for end in [*np.flatnonzero(row[:-1] == EOS) + 1, len(row) - 1]:
+            document, targets = row[start:end], row[start + 1 : end + 1]
+            padding = start > 0 and row[start] == EOS
+            if len(document) and not padding:
+                logits = np.asarray(llama.apply(config.model, weights, document[None])[0])
+                found = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
+                losses += found[: len(found) - (document[-1] == targets[-1] == EOS)].tolist()
+            start = end
+    found, _ = train(config, make_mesh(devices=jax.devices()[:devices]), [tokens_ABS])
+    assert found[0] == pytest.approx(np.mean(losses), rel=2e-6)
+
+
 def test_moments_are_split_like_their_weight(config):
     mesh = make_mesh()
     state = named_leaves(abstract_state(config, mesh))
@@ -108,7 +145,10 @@ def test_no_step_after_the_first_compiles(config, mesh):
     with jax.set_mesh(mesh):
         state, step = init_state(config, mesh), make_step(config, mesh)
         for tokens in random_batches(config, 3):
-            args = put_batch(tokens, mesh, 1), put_batch(loss_weights(tokens), mesh, 1)
+            args = (
+                put_batch(tokens, mesh, 1),
+                put_batch(loss_weights(tokens), mesh, 1),
+            )
             state, _ = step(state, *args)
             assert step._cache_size() == 1
 
@@ -117,7 +157,10 @@ def test_the_state_is_donated(config, mesh):
     with jax.set_mesh(mesh):
         state, step = init_state(config, mesh), make_step(config, mesh)
         tokens = random_batches(config, 1)[0]
-        args = put_batch(tokens, mesh, 1), put_batch(loss_weights(tokens), mesh, 1)
+        args = (
+            put_batch(tokens, mesh, 1),
+            put_batch(loss_weights(tokens), mesh, 1),
+        )
         step(state, *args)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state["weights"]))
 

@@ -154,6 +154,8 @@ class SourceConfig:
     """Folder written by `tinyllama prepare`."""
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources; 0: from a later stage on."""
+    max_epochs: float | None = None
+    """A run that would read the source more often than this is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,10 @@ class DataConfig:
     """Changes of the weights on the way, in order; until the first, the sources' own hold."""
     tokenizer: str = "tokenizer.model"
     """The sentencepiece model that the sources were prepared with."""
+    mask_documents: bool = False
+    """A token sees its own document alone, not all that stands before it in the row."""
+    first_tokens: bool = True  # though nothing of the document tells it
+    """The first token of a document counts in the loss."""
 
     def __post_init__(self):
         names = [source.name for source in self.sources]
@@ -294,10 +300,8 @@ class SampleConfig:
     temperature: float = 0.8
 
     def __post_init__(self):
-        require(
-            self.every > 0 and self.max_tokens > 0,
-            "sample.every and sample.max_tokens must be above 0.",
-        )
+        positive = self.every > 0 and self.max_tokens > 0
+        require(positive, "sample.every and sample.max_tokens must be above 0.")
         require(self.temperature >= 0, "sample.temperature must not be negative.")
         require(len(self.prompts) > 0, "sample.prompts is empty: give at least one prompt.")
 

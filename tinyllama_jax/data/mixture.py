@@ -46,6 +46,7 @@ class Rows:
         builder: Any = tfds.builder_from_directory(folder)  # whose decorators hide its signature
         self.records = builder.as_data_source(split)
         self.rows_per_record = RECORD // context
+        self.fill = fill_rate(manifest, split)
 
     def __len__(self) -> int:
         return len(self.records) * self.rows_per_record
@@ -70,6 +71,13 @@ class Rows:
 
     def __repr__(self) -> str:
         return f"Rows({self.folder})"
+
+
+def fill_rate(manifest: dict[str, Any], split: str) -> Fraction:
+    """Share of a split's targets that are no padding."""
+    facts = manifest["splits"][split]
+    # Only packing by best fit pads, and says how much.
+    return 1 - Fraction(facts.get("padding_tokens", 0), facts["records"] * RECORD)
 
 
 class _Stretch:
@@ -169,8 +177,8 @@ class Mixture:
 
     def __init__(
         self,
-        weights: Sequence[float],
-        stages: Sequence[tuple[int, int, Sequence[float]]] = (),
+        weights: Sequence[float | Fraction],
+        stages: Sequence[tuple[int, int, Sequence[float | Fraction]]] = (),
     ):
         """The weights, and their changes on the way.
 
@@ -206,19 +214,42 @@ class Mixture:
         return self._stretch(rows).counts_at(rows)
 
 
-def _shares(weights: Sequence[float]) -> list[Fraction]:
+def _shares(weights: Sequence[float | Fraction]) -> list[Fraction]:
     exact = [Fraction(str(weight)) for weight in weights]
     return [weight / sum(exact) for weight in exact]
 
 
-def make_mixture(data: DataConfig, context: int) -> Mixture:
-    """The order of a run: its stages begin with the row that holds their first token."""
+def make_mixture(data: DataConfig, context: int, fills: Sequence[Fraction] = ()) -> Mixture:
+    """The order of a run: its stages begin with the row that holds their first token.
+
+    Args:
+      data: sources, weights and stages, whose tokens are places of rows, padding included.
+      context: targets of a row.
+      fills: of each source, the share of its tokens that are no padding: weights are by these
+        tokens, so a source with padding gives more rows. By default none has any.
+    """
+
+    def by_row(weights: Sequence[float]) -> list[Fraction]:
+        full = fills or [Fraction(1)] * len(weights)
+        return [Fraction(str(weight)) / fill for weight, fill in zip(weights, full, strict=True)]
+
     stages = []
     for stage in data.stages:
         first = stage.start_tokens // context
         ramp = (stage.start_tokens + stage.ramp_tokens) // context - first
-        stages.append((first, ramp, stage.weights))
-    return Mixture([source.weight for source in data.sources], stages)
+        stages.append((first, ramp, by_row(stage.weights)))
+    return Mixture(by_row([source.weight for source in data.sources]), stages)
+
+
+def check_epochs(data: DataConfig, mixture: Mixture, sources: Sequence[Rows], rows: int) -> None:
+    """Raises `UserError` if the first `rows` rows repeat a source more often than it allows."""
+    for source, found, count in zip(data.sources, sources, mixture.counts(rows), strict=True):
+        epochs = count / len(found)
+        require(
+            source.max_epochs is None or epochs <= source.max_epochs,
+            f"The run would read {source.name} {epochs:.2f} times and its max_epochs is "
+            f"{source.max_epochs}: lower its weight, train fewer steps, or prepare more of it.",
+        )
 
 
 class _ProcessOrder(DatasetSelectionMap):
@@ -277,11 +308,17 @@ def batches(
 def ledger(
     names: Sequence[str], mixture: Mixture, sources: Sequence[Rows], rows: int
 ) -> dict[str, float]:
-    """Metrics of what has been read after `rows` rows: tokens and epochs of each source."""
+    """Metrics of what has been read after `rows` rows: rows, epochs and tokens of each source.
+
+    Padding is no token; of a source that has some, as many as its mean row holds are counted.
+    """
     context = sources[0].context
-    metrics: dict[str, float] = {"data/tokens": rows * context}
+    metrics: dict[str, float] = {"data/tokens": 0}
     for name, source, count in zip(names, sources, mixture.counts(rows), strict=True):
-        metrics[f"data/{name}/tokens"] = count * context
+        tokens = round(count * context * source.fill)
+        metrics["data/tokens"] += tokens
+        metrics[f"data/{name}/rows"] = count
+        metrics[f"data/{name}/tokens"] = tokens
         metrics[f"data/{name}/epochs"] = count / len(source)
     return metrics
 

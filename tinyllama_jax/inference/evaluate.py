@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
+from tinyllama_jax.data.boundaries import loss_weights, segment_ids
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
 
@@ -30,14 +31,20 @@ class Evaluation:
 
 
 def make_score(
-    model: LlamaConfig, mesh: Mesh, dtype, execution: ExecutionConfig = ExecutionConfig()
+    model: LlamaConfig,
+    mesh: Mesh,
+    dtype,
+    execution: ExecutionConfig = ExecutionConfig(),
+    *,
+    mask_documents: bool = False,
 ) -> Score:
     """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `llama.loss` gives them."""
 
     def score(weights, tokens_BS, weights_BT):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
-        return llama.loss(model, weights, tokens_BS, weights_BT, execution)
+        segment_ids_BT = segment_ids(tokens_BS[:, :-1]) if mask_documents else None
+        return llama.loss(model, weights, tokens_BS, weights_BT, segment_ids_BT, execution)
 
     rows = batch_sharding(mesh, rows_axis=0)
     return jax.jit(score, in_shardings=(None, rows, rows))
@@ -46,15 +53,18 @@ def make_score(
 def evaluate(
     score: Score, weights: llama.Weights, rows: Sequence[np.ndarray], batch_rows: int, mesh: Mesh
 ) -> Evaluation:
-    """Mean loss over rows of context + 1 tokens, `batch_rows` at a time over all devices."""
+    """Mean loss over rows of context + 1 tokens, `batch_rows` at a time over all devices.
+
+    All targets count but padding, the first tokens of documents too, whatever training leaves out.
+    """
     losses, tokens, local = [], 0, process_rows(batch_rows)
     for start in range(0, len(rows), batch_rows):
         batch = [rows[i] for i in range(start, min(start + batch_rows, len(rows)))]
         tokens_BS = np.zeros((batch_rows, len(batch[0])), np.int32)
         tokens_BS[: len(batch)] = batch
-        weights_BT = np.zeros((batch_rows, len(batch[0]) - 1), np.float32)
-        weights_BT[: len(batch)] = 1  # the rest pads the batch and counts for nothing
-        tokens += len(batch) * weights_BT.shape[1]
+        weights_BT = loss_weights(tokens_BS)
+        weights_BT[len(batch) :] = 0  # rows that fill the batch
+        tokens += int(weights_BT.sum())
         batch = put_batch(tokens_BS[local], mesh, 0), put_batch(weights_BT[local], mesh, 0)
         sums = score(weights, *batch)
         losses.append(sums[0])
@@ -70,24 +80,29 @@ def unigram_entropy(targets: np.ndarray, vocab_size: int) -> float:
 
 
 def bigram_loss(train_rows: np.ndarray, rows: np.ndarray, vocab_size: int) -> float:
-    """Loss of a bigram model counted on the training rows, nats a token.
+    """Loss of a bigram model counted on the training rows, nats a token that is no padding.
 
     Witten-Bell smoothing (Bell, Cleary and Witten 1990): a context hands the next-lower order the
     share of its tokens that were new kinds; below the unigrams lies the uniform distribution.
     """
+
+    def pairs_of(rows):
+        counted = loss_weights(rows) > 0
+        return rows[:, :-1][counted].astype(np.int64), rows[:, 1:][counted].astype(np.int64)
+
     kinds_by_context = np.zeros(vocab_size)
-    pairs = train_rows[:, :-1].ravel().astype(np.int64) * vocab_size + train_rows[:, 1:].ravel()
-    seen, counts = np.unique(pairs, return_counts=True)
+    contexts, targets = pairs_of(train_rows)
+    seen, counts = np.unique(contexts * vocab_size + targets, return_counts=True)
     np.add.at(kinds_by_context, seen // vocab_size, 1)
-    totals = np.bincount(train_rows[:, :-1].ravel(), minlength=vocab_size)
-    unigrams = np.bincount(train_rows[:, 1:].ravel(), minlength=vocab_size)
+    totals = np.bincount(contexts, minlength=vocab_size)
+    unigrams = np.bincount(targets, minlength=vocab_size)
     kinds = np.count_nonzero(unigrams)
     unigram = (unigrams + kinds / vocab_size) / (unigrams.sum() + kinds)
 
-    asked = rows[:, :-1].ravel().astype(np.int64) * vocab_size + rows[:, 1:].ravel()
+    context, target = pairs_of(rows)
+    asked = context * vocab_size + target
     place = np.minimum(np.searchsorted(seen, asked), len(seen) - 1)
     matches = np.where(seen[place] == asked, counts[place], 0)
-    context, target = asked // vocab_size, asked % vocab_size
     lower = kinds_by_context[context] * unigram[target]
     weight = totals[context] + kinds_by_context[context]
     probability = np.where(weight > 0, (matches + lower) / np.maximum(weight, 1), unigram[target])

@@ -130,6 +130,16 @@ class Llama(nnx.Module):
         return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)[0]
 
 
+def positions(T: int, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """Places of the tokens of a row, (1, T); in a packed row (B, T), from 0 in each document."""
+    positions_1T = jnp.arange(T)[None]
+    if segment_ids_BT is None:
+        return positions_1T
+    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
+    return positions_1T - jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
+
+
 def embed(weights: Weights, tokens_BT: jax.Array, gather: Gather = whole) -> jax.Array:
     """The residual stream below the first block, (B, T, D)."""
     return gather("embedding_VD", weights["embedding_VD"])[tokens_BT]
@@ -148,7 +158,7 @@ def make_layer(
     It keeps for its backward pass what `execution.recompute` allows. The rest is computed again,
     which a scan holds apart from the first time; outside of one (`in_scan`) it is said.
     """
-    rope = rope_tables(jnp.arange(T)[None], config)
+    rope = rope_tables(positions(T, segment_ids_BT), config)
     definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
 
     def layer(x_BTD, weights):
@@ -196,7 +206,8 @@ def apply(
       weights: as `init_weights` gives them, in the dtype to compute in.
       tokens_BT: ids in [0, V), T up to what memory holds; JAX clamps ids that lie outside, so check
         them on the host.
-      segment_ids_BT: documents of a packed row; a token sees its own document alone.
+      segment_ids_BT: documents of a packed row; a token sees its own document alone, and its
+        position counts from there.
       execution: how.
     """
     x_BTD = _merged(config, weights).hidden(tokens_BT, segment_ids_BT, execution, whole)
@@ -209,6 +220,7 @@ def loss(
     weights: Weights,
     tokens_BS: jax.Array,
     weights_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     gather: Gather = whole,
 ) -> tuple[jax.Array, jax.Array]:
@@ -219,13 +231,14 @@ def loss(
       weights: in the dtype to compute in.
       tokens_BS: rows of S = T + 1 tokens.
       weights_BT: fp32, how much the target tokens_BS[:, 1:] counts.
+      segment_ids_BT: as `apply` takes them, of tokens_BS[:, :-1].
       execution: how.
       gather: makes a weight whole where `weights` are the parts of a device; by default they are.
 
     Returns:
       As `next_token_loss`.
     """
-    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, gather)
+    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], segment_ids_BT, execution, gather)
     return head_loss(config, weights, x_BTD, tokens_BS, weights_BT, gather)
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import Config
+from tinyllama_jax.data.boundaries import segment_ids
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, gather_axis, shardings
@@ -40,11 +41,14 @@ def make_gradients(
     """
     model, execution = config.model, config.execution
 
+    def documents(tokens_BS: jax.Array) -> jax.Array | None:
+        return segment_ids(tokens_BS[:, :-1]) if config.data.mask_documents else None
+
     def add(sums: Sums, weights: Weights, batch: Batch, gather=llama.whole) -> Sums:
         """The sums with a micro-batch more."""
 
         def loss(weights):
-            return llama.loss(model, weights, *batch, execution, gather)
+            return llama.loss(model, weights, *batch, documents(batch[0]), execution, gather)
 
         (losses, count), grads = jax.value_and_grad(loss, has_aux=True)(weights)
         return jax.tree.map(jnp.add, sums, (losses, count, _fp32(grads)))
@@ -70,7 +74,8 @@ def make_gradients(
         def head(above, x_BTD):
             return llama.head_loss(model, above, x_BTD, tokens_BS, weights_BT)
 
-        layer = llama.make_layer(model, execution, weights_BT.shape[1], in_scan=False)
+        T, segment_ids_BT = weights_BT.shape[1], documents(tokens_BS)
+        layer = llama.make_layer(model, execution, T, segment_ids_BT, in_scan=False)
         x_BTD, back_embed = jax.vjp(embed, below)
         back_layers = []
         for bucket in layers:

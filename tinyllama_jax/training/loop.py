@@ -25,6 +25,7 @@ from tinyllama_jax.config import (
     write_aside,
 )
 from tinyllama_jax.data import mixture
+from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
 from tinyllama_jax.inference import evaluate
 from tinyllama_jax.inference.generate import generate
@@ -42,7 +43,6 @@ from tinyllama_jax.training.step import (
     check_attention,
     compute_dtype,
     init_state,
-    loss_weights,
     make_step,
 )
 
@@ -98,7 +98,9 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config, mesh)
-        score = evaluate.make_score(config.model, mesh, dtype, config.execution)
+        score = evaluate.make_score(
+            config.model, mesh, dtype, config.execution, mask_documents=config.data.mask_documents
+        )
         count_bytes = ByteCounter(tokenizer)
 
         def report(step: int, device_metrics: dict[str, jax.Array | int]) -> None:
@@ -138,7 +140,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             watch.at("save", step)
             rows = config.rows_after(step)
             values = {"rows": rows, "fingerprint": fingerprint, "config": to_json(config)}
-            checkpoints.save(state, values | {"origin": origin})
+            ledger = mixture.ledger(names, order, train_rows, rows)
+            checkpoints.save(state, values | {"ledger": ledger, "origin": origin})
 
         rows = _batches(config, train_rows, order, first_step)
         new_sizes = {start for start, _ in config.batch_sizes()}  # the step is compiled again
@@ -153,7 +156,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             state, step_metrics = train_step(
                 state,
                 put_batch(tokens_ABS, mesh, rows_axis=1),
-                put_batch(loss_weights(tokens_ABS), mesh, rows_axis=1),
+                put_batch(loss_weights(tokens_ABS, config.data.first_tokens), mesh, rows_axis=1),
             )
             # Metrics are read one step late, while the devices work on this one.
             if pending is not None:
@@ -236,10 +239,13 @@ def _check(config: Config, mesh: Mesh) -> _Inputs:
         ]
         for split in ("train", "validation")
     )
+    fills = [source.fill for source in train_rows]
+    order = mixture.make_mixture(config.data, config.model.context, fills)
+    mixture.check_epochs(config.data, order, train_rows, config.rows_after(config.steps))
     return _Inputs(
         tokenizer=tokenizer,
         names=[source.name for source in config.data.sources],
-        order=mixture.make_mixture(config.data, config.model.context),
+        order=order,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         fingerprint=mixture.fingerprint(config.data, config.model.context, config.seed),
@@ -411,13 +417,14 @@ def _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder
         some = np.linspace(0, len(train) - 1, min(len(train), BASELINE_ROWS)).astype(int)
         train_BS = np.stack([train[i] for i in some])
         vocab_size = config.model.vocab_size
+        targets = rows_BS[:, 1:][loss_weights(rows_BS) > 0]
         # At once: decoded row by row, each would lose its leading space.
         text = tokenizer.decode(rows_BS[:, 1:].ravel().tolist()).encode()
         table.add_row(
             source.name,
-            f"{rows_BS[:, 1:].size:,}",
+            f"{len(targets):,}",
             f"{last[f'val/{source.name}/loss']:.3f}",
-            f"{evaluate.unigram_entropy(rows_BS[:, 1:], vocab_size):.3f}",
+            f"{evaluate.unigram_entropy(targets, vocab_size):.3f}",
             f"{evaluate.bigram_loss(train_BS, rows_BS, vocab_size):.3f}",
             f"{last[f'val/{source.name}/bpb']:.3f}",
             f"{evaluate.gzip_bits_per_byte(text):.3f}",

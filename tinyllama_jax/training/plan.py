@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from tinyllama_jax.config import AttentionBackend, Config, require
-from tinyllama_jax.data.mixture import make_mixture
+from tinyllama_jax.data.mixture import fill_rate, make_mixture
 from tinyllama_jax.data.packing import RECORD
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
 from tinyllama_jax.model.attention import choose_backend
@@ -325,14 +326,19 @@ def _plan_sources(config: Config, tokens: Mapping[str, float]) -> tuple[SourcePl
         require(name in names, f"--tokens names {name!r}: the sources are {', '.join(names)}.")
         require(count > 0, f"--tokens gives {name} {count} tokens: give a number above 0.")
     context = config.model.context
-    counts = make_mixture(config.data, context).counts(config.rows_after(config.steps))
+    fills, there = [], {}
+    for source in config.data.sources:
+        fills.append(Fraction(1))
+        if source.name not in tokens and (Path(source.path) / MANIFEST).is_file():
+            manifest = read_manifest(source.path)
+            fills[-1] = fill_rate(manifest, "train")
+            records = manifest["splits"]["train"]["records"]
+            there[source.name] = round(records * RECORD * fills[-1])
+    counts = make_mixture(config.data, context, fills).counts(config.rows_after(config.steps))
     found = []
-    for source, rows in zip(config.data.sources, counts, strict=True):
-        available = tokens.get(source.name)
-        if available is None and (Path(source.path) / MANIFEST).is_file():
-            splits = read_manifest(source.path)["splits"]
-            available = splits["train"]["records"] * RECORD
-        read = rows * context
+    for source, rows, fill in zip(config.data.sources, counts, fills, strict=True):
+        available = tokens.get(source.name, there.get(source.name))
+        read = round(rows * context * fill)
         epochs = None if available is None else read / available
         found.append(SourcePlan(source.name, read, available, epochs))
     return tuple(found)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,7 +45,8 @@ def check_attention_on(config: Config, chip: str, dtype: jnp.dtype) -> None:
     backend = config.execution.attention
     if backend == "auto":
         return
-    complaint = why_not(backend, chip, dtype, config.model.head_width, documents=False)
+    documents = config.data.mask_documents
+    complaint = why_not(backend, chip, dtype, config.model.head_width, documents)
     require(
         complaint is None,
         f"execution.attention {backend} {complaint}; auto takes what can do it.",
@@ -134,8 +134,3 @@ def make_step(
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
     )
-
-
-def loss_weights(tokens_ABS: np.ndarray) -> np.ndarray:
-    """Weight 1 for every target: packed rows hold no padding."""
-    return np.ones_like(tokens_ABS[..., 1:], np.float32)
