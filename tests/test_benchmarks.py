@@ -1,6 +1,8 @@
-"""The benchmark of attention runs where there is no GPU, and its search writes a table."""
+"""The benchmarks run where there is no GPU, and the search for tiles writes a table."""
 
 import ast
+import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -10,8 +12,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax import traverse_util
 
+from tinyllama_jax.inference import huggingface
+from tinyllama_jax.model.llama import init_weights
 from tinyllama_jax.model.tiles import TILES, Tile, Tiles, _tiles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -19,12 +25,16 @@ TABLE = Path(__file__).parents[1] / "tinyllama_jax" / "model" / "tiles.py"
 
 
 @pytest.fixture(scope="module")
-def tuning():
+def scripts():
+    """Imports a module of benchmarks/ by name."""
     sys.path.insert(0, str(BENCHMARKS))
-    import tuning
-
-    yield tuning
+    yield importlib.import_module
     sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def tuning(scripts):
+    return scripts("tuning")
 
 
 def run(*arguments):
@@ -151,3 +161,54 @@ def test_candidates_hold_what_the_table_has(tuning):
             assert 20 < len(found) < 120
             if row[3] == 128:  # more than its 4 warps can hold
                 assert not [t for t in found if t.rows == t.columns == 128 and t.warps == 4]
+
+
+def test_a_training_step_is_timed_and_reported(scripts, tmp_path, capsys):
+    training = scripts("training")
+    options = training.Options(steps=2, quick=True, out=tmp_path / "found")
+    system = training.System("tinyllama_jax", "float32", 4, {"recompute": "elementwise"})
+    row = {"system": system.whose, "name": str(system), "precision": system.precision}
+    spec = dataclasses.asdict(system) | {"rows": 8, "steps": 2}
+    row |= training.run_ours(spec | {"model": dataclasses.asdict(training.TINY)})
+    assert len(row["seconds"]) == 2 and len(row["losses"]) == 2 + training.WARMUP
+    assert abs(row["losses"][0] - 6.24) < 0.3  # ln 512
+    training.complete(row, training.TINY, 8)
+    failed = {"system": "torch", "name": "torch", "precision": "float32", "failure": "no torch"}
+    training.report([row, failed], "tiny", options)
+    assert "NOTHING about any device" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["steps"][0]["tokens_per_s"] == 8 * 64 / (sum(row["seconds"]) / 2)
+    assert "| torch | float32 | no torch |" in (tmp_path / "found.md").read_text()
+
+
+@pytest.mark.torch
+def test_the_torch_peer_is_the_same_model_and_update(scripts):
+    import torch
+
+    training, peer = scripts("training"), scripts("torch_peer")
+    model = dataclasses.replace(training.TINY, rope_base=3e3, norm_eps=1e-3)
+    spec = {"model": dataclasses.asdict(model), "precision": "float32", "options": {}}
+    spec |= {"rows": 8, "micro_rows": 4, "steps": 2}
+    trainer = peer.Trainer(
+        model, device="cpu", precision="float32", optimizer=training.OPTIMIZER, compiled=False
+    )
+    weights = init_weights(model, jax.random.key(0))
+    flat = traverse_util.flatten_dict(weights, sep=".")
+    tensors = {
+        name: torch.from_numpy(row.to_hf(np.asarray(flat[row.path][row.index])).copy())
+        for name, row in huggingface.tensors(model).items()
+    }
+    peer.load_hf_tensors(trainer.model, tensors)
+    theirs = peer.timed_steps(trainer, training.token_batches(spec), warmup=1)
+    ours = training.run_ours(spec)  # begins with the same weights, those of seed 0
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=2e-5)
+    assert ours["losses"][-1] != pytest.approx(ours["losses"][0], rel=1e-3), "it moves"
+
+
+def test_ceilings_are_measured_and_written(scripts, tmp_path, capsys):
+    ceilings = scripts("ceilings")
+    options = ceilings.Options(seconds=0.001, quick=True, out=tmp_path / "found.md")
+    ceilings.main(options)
+    table = (tmp_path / "found.md").read_text()
+    assert table.count("TFLOP/s") == 5 and "| x + 1 over" in table
+    assert "q/k/v: 64 x 64 x 80" in table and "of cpu" in capsys.readouterr().out

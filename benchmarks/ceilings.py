@@ -1,0 +1,105 @@
+"""What this device reaches on the 1.1B's matrix products, and copying memory: the bounds of a step.
+
+python benchmarks/ceilings.py [--out FILE.md]
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tinyllama_jax.config import TINYLLAMA_1B, write_aside
+from tinyllama_jax.training.flops import PEAK_FLOPS
+
+ROUNDS = 5
+SETS = 3  # of operands in turn: more than a cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    tokens: tuple[int, ...] = (16_384, 32_768)
+    """Rows of the products: tokens of a micro-batch."""
+    seconds: float = 0.3
+    """Of a round."""
+    quick: bool = False
+    out: Path | None = None
+
+
+def products() -> dict[str, tuple[int, int]]:
+    """(in, out) of each product of the 1.1B, with q|k|v in one, as the step has it."""
+    model = TINYLLAMA_1B
+    heads = model.query_heads + 2 * model.kv_heads
+    return {
+        "q|k|v": (model.width, heads * model.head_width),
+        "output": (model.query_heads * model.head_width, model.width),
+        "gate, up": (model.width, model.swiglu_width),
+        "down": (model.swiglu_width, model.width),
+        "head": (model.width, model.vocab_size),
+    }
+
+
+def seconds_of(run, operands, seconds: float) -> list[float]:
+    """Seconds of one call in each round."""
+    jax.block_until_ready([run(*x) for x in operands])
+    start = time.perf_counter()
+    jax.block_until_ready([run(*x) for x in operands])
+    each = (time.perf_counter() - start) / len(operands)
+    calls, found = max(SETS, int(seconds / each)), []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for index in range(calls):
+            result = run(*operands[index % len(operands)])
+        jax.block_until_ready(result)
+        found.append((time.perf_counter() - start) / calls)
+    return found
+
+
+def main(options: Options) -> None:
+    device = jax.devices()[0]
+    peak = PEAK_FLOPS.get(device.device_kind)
+    rows = []
+    multiply = jax.jit(jnp.matmul)
+    for M in (64,) if options.quick else options.tokens:
+        for name, (K, N) in products().items():
+            if options.quick:
+                K, N = K // 32, N // 32
+            keys = jax.random.split(jax.random.key(0), 2 * SETS)
+            operands = [
+                (
+                    jax.random.normal(keys[2 * i], (M, K), jnp.bfloat16),
+                    jax.random.normal(keys[2 * i + 1], (K, N), jnp.bfloat16),
+                )
+                for i in range(SETS)
+            ]
+            found = seconds_of(multiply, operands, options.seconds)
+            speeds = sorted(2 * M * K * N / s / 1e12 for s in found)
+            share = f"{statistics.median(speeds) * 1e12 / peak:.1%}" if peak else ""
+            middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
+            rows.append((f"{name}: {M} x {K} x {N}", f"{middle} TFLOP/s", share))
+    size = 2**16 if options.quick else 2**30
+    arrays = [(jnp.full(size // 4, i, jnp.float32),) for i in range(SETS)]
+    found = seconds_of(jax.jit(lambda x: x + 1), arrays, options.seconds)
+    speeds = sorted(2 * size / s / 1e12 for s in found)
+    middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
+    rows.append((f"x + 1 over {size / 2**30:g} GiB", f"{middle} TB/s", ""))
+
+    title = f"Ceilings of {device.device_kind}, bf16"
+    table = Table("what", "median (slowest-fastest)", "of peak", title=title)
+    lines = [f"# {title}", "", "| what | median (slowest-fastest) | of peak |", "|---|---|---|"]
+    for row in rows:
+        table.add_row(*row)
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+    Console().print(table)
+    if options.out:
+        write_aside(options.out, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
