@@ -22,7 +22,7 @@ from tinyllama_jax.config import (
     differences,
     to_json,
 )
-from tinyllama_jax.config_file import load_config, model_of_run
+from tinyllama_jax.config_file import load_config, model_of_run, with_defaults
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -121,6 +121,22 @@ def test_differences_name_what_decides_the_numbers_and_nothing_else(config):
         "model.layers: 2 -> 3",
         "seed: 0 -> 1",
     ]
+
+
+def test_options_that_came_after_a_run_stand_at_their_defaults_in_it(config):
+    saved = to_json(config)
+    del saved["data"]["mask_documents"], saved["data"]["sources"][0]["max_epochs"]
+    del saved["execution"]
+    assert with_defaults(saved, config) == to_json(config)
+    data = dataclasses.replace(config.data, mask_documents=True, sources=config.data.sources[:1])
+    fewer = dataclasses.replace(config, data=data, seed=3)
+    changed = differences(with_defaults(saved, fewer), to_json(fewer))
+    assert [line.split(":")[0] for line in changed] == [
+        "data.mask_documents",
+        "data.sources",
+        "seed",
+    ]
+    assert changed[0] == "data.mask_documents: False -> True"
 
 
 def test_the_model_of_a_run_survives_json(config, tmp_path):

@@ -1,9 +1,11 @@
 """Configs on disk: the files of configs/, and the config.json of a run."""
 
+import dataclasses
 import json
 import runpy
 import traceback
 from pathlib import Path
+from typing import Any
 
 from tinyllama_jax.config import Config, LlamaConfig, UserError, require
 
@@ -59,3 +61,25 @@ def model_of_run(run: Path) -> LlamaConfig:
         raise UserError(
             f"{run / 'config.json'} is damaged: the command that trained the run writes it anew."
         ) from None
+
+
+def with_defaults(saved: Any, config: Any) -> Any:
+    """The JSON of a run's config, with the options that came after it at their defaults.
+
+    Args:
+      saved: what `to_json` gave for the config, or a part of it, when the run was begun.
+      config: the same part now.
+    """
+    if isinstance(saved, list) and isinstance(config, tuple):
+        parts = zip(saved, config, strict=False)
+        return [with_defaults(old, new) for old, new in parts] + saved[len(config) :]
+    if not (isinstance(saved, dict) and dataclasses.is_dataclass(config)):
+        return saved
+    whole = dict(saved)
+    for field in dataclasses.fields(config):
+        if field.name in saved:
+            whole[field.name] = with_defaults(saved[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            default = json.dumps(field.default, default=dataclasses.asdict)
+            whole[field.name] = json.loads(default)
+    return whole

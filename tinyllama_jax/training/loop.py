@@ -24,6 +24,7 @@ from tinyllama_jax.config import (
     to_json,
     write_aside,
 )
+from tinyllama_jax.config_file import with_defaults
 from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
@@ -267,7 +268,7 @@ def _start(
     if newest is None:
         return init_state(config, mesh), None
     step, values = newest
-    changed = differences(values["config"], to_json(config))
+    changed = differences(with_defaults(values["config"], config), to_json(config))
     require(
         not changed,
         f"{config.run_folder} holds a run of another config ({'; '.join(changed)}): "
