@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama_jax.data.boundaries import loss_weights, segment_ids
-from tinyllama_jax.data.tokenizer import EOS
+from tinyllama_jax.data.tokenizer import BOS, EOS
 
-TOKENS = st.lists(st.sampled_from([EOS, EOS, 3, 4, 5]), min_size=20, max_size=20)
+TOKENS = st.lists(st.sampled_from([EOS, EOS, BOS, 3, 4]), min_size=20, max_size=20)
 
 
 @settings(deadline=None, max_examples=50)
@@ -18,7 +18,7 @@ def test_documents_are_numbered_and_padding_is_none(rows):
         number = 1
         for place, token in enumerate(row):
             after_end = place > 0 and row[place - 1] == EOS
-            number += after_end
+            number += after_end or token == BOS
             assert segments[place] == (0 if after_end and token == EOS else number)
 
 

@@ -1,21 +1,23 @@
-"""Where documents begin and padding stands in rows of tokens: a document ends with eos, and an eos
-after an eos is padding. The tokens alone tell it, so rows of all datasets can share a batch."""
+"""Where documents begin and padding stands in rows of tokens. The tokens alone tell it, so rows of
+all datasets can share a batch: a document begins after an eos, or with a bos where those who made
+the tokens gave it one, and an eos after an eos is padding."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.data.tokenizer import EOS
+from tinyllama_jax.data.tokenizer import BOS, EOS
 
 
 def segment_ids(tokens_BT: jax.Array) -> jax.Array:
-    """Numbers the documents of each row from 1, in int32 (B, T); padding is segment 0.
+    """Numbers the documents of each row, in int32 (B, T); padding is segment 0.
 
     What a row begins with is a document, though it may be the rest of one.
     """
     ends_BT = tokens_BT == EOS
     after_end_BT = jnp.pad(ends_BT[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(ends_BT & after_end_BT, 0, 1 + jnp.cumsum(after_end_BT, 1, jnp.int32))
+    begins_BT = after_end_BT | (tokens_BT == BOS)
+    return jnp.where(ends_BT & after_end_BT, 0, 1 + jnp.cumsum(begins_BT, 1, jnp.int32))
 
 
 def loss_weights(tokens_BS: np.ndarray, first_tokens: bool = True) -> np.ndarray:
