@@ -1,19 +1,22 @@
-"""Preparing a corpus beside bare sentencepiece on the same text and cores.
+"""Preparing a corpus beside bare sentencepiece and the original's way; then reading datasets.
 
-    python benchmarks/data.py --tokenizer tokenizer.model    # a table, and a file in results/
+    python benchmarks/data.py --tokenizer tokenizer.model    # two tables, and a file in results/
 
 The text is the Python files of this installation and its packages, written once as SlimPajama's
 .jsonl.zst and once as StarCoder's .parquet. The contenders take turns, round after round, each
 time in a fresh process that may use the same cores. Bare sentencepiece gets documents that are in
 memory, in batches, and gives lists of ids that are thrown away; on two cores it runs in two
-processes, half of the documents each, and its start is not counted. Preparing is all of
-`tinyllama prepare`: listing, starting processes, reading, decompressing, filters, tokenising,
-packing, writing, hashing and joining.
+processes, half of the documents each, and its start is not counted. The original's way is what
+TinyLlama's scripts do: a process takes one file after the other, encodes document by document into
+a NumPy buffer, and writes the buffer when it is full; its start is not counted either. Preparing is
+all of `tinyllama prepare`: listing, starting processes, reading, decompressing, filters,
+tokenising, packing, writing, hashing and joining. Reading is in reading.py.
 """
 
 import dataclasses
 import datetime
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -28,8 +31,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import reading
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -42,13 +47,19 @@ FILE_BYTES = 2**21  # of text
 GROUP_BYTES = 2**21  # small, so that this little text has groups for all cores
 LARGEST = 200_000  # characters of a document
 BATCH = 64  # documents
+ORIGINAL_BUFFER = 2049 * 1024  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     tokenizer: Path
-    megabytes: int = 100
+    """Llama 2's, or another of as many pieces at most."""
+    megabytes: int = 40
     """Of text, in each of the two corpora."""
+    records: int = 65_536
+    """Of the larger datasets that are read, 16 kB each."""
+    shards: int = 10_000
+    """Of the dataset with many."""
     rounds: int = 3
     out: Path = Path(__file__).parent / "results"
 
@@ -75,18 +86,18 @@ def write_corpora(folder: Path, size: int) -> dict[str, int]:
             filled = 0
         parts[-1].append(text)
         filled += len(text)
-    for split in ("train", "validation"):
-        (folder / "slimpajama" / split / "chunk1").mkdir(parents=True)
-    (folder / "starcoder" / "python").mkdir(parents=True)
     for index, part in enumerate(parts):
         meta = {"redpajama_set_name": "RedPajamaC4"}
         rows = "".join(json.dumps({"text": text, "meta": meta}) + "\n" for text in part)
         compressed = pa.compress(rows.encode(), codec="zstd", asbytes=True)
         split = "validation" if index == 0 else "train"
-        file = folder / f"slimpajama/{split}/chunk1/part_{index:04d}.jsonl.zst"
-        file.write_bytes(compressed)
+        chunk = folder / f"slimpajama/{split}/chunk{index % 3 + 1}"
+        chunk.mkdir(parents=True, exist_ok=True)
+        (chunk / f"example_{split}_{index}.jsonl.zst").write_bytes(compressed)
         table = pa.table({"content": part, "max_stars_count": range(len(part))})
-        pq.write_table(table, folder / f"starcoder/python/part-{index:04d}.parquet")
+        language = folder / "starcoder" / ("python", "python-notebook", "rust")[index % 3]
+        language.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, language / f"train-{index:05d}-of-{len(parts):05d}.parquet")
     return {
         name: sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
         for name in ("slimpajama", "starcoder")
@@ -112,6 +123,40 @@ def bare(name: str, source: Path, tokenizer: Path, part: int, parts: int) -> tup
     for start in range(0, len(mine), BATCH):
         processor.encode(mine[start : start + BATCH], num_threads=1)
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def original(
+    name: str, source: Path, tokenizer: Path, part: int, parts: int
+) -> tuple[float, float]:
+    """(seconds, CPU seconds) of the original's way, on every `parts`-th file."""
+    processor = load_tokenizer(tokenizer)
+    files = sorted(path for path in source.rglob("*") if path.is_file())[part::parts]
+    buffer, filled = np.zeros(ORIGINAL_BUFFER, np.uint16), 0
+    with tempfile.TemporaryDirectory() as out:
+        wall, cpu, buffers = time.perf_counter(), time.process_time(), 0
+        for path in files:
+            for text in _texts_of(path, CORPORA[name].field):
+                ids = np.array(processor.encode(text), buffer.dtype)
+                while filled + len(ids) > len(buffer):
+                    taken = len(buffer) - filled
+                    buffer[filled:] = ids[:taken]
+                    (Path(out) / f"{buffers:06d}.bin").write_bytes(buffer.tobytes())
+                    ids, filled, buffers = ids[taken:], 0, buffers + 1
+                buffer[filled : filled + len(ids)] = ids
+                filled += len(ids)
+        (Path(out) / f"{buffers:06d}.bin").write_bytes(buffer.tobytes())
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _texts_of(path: Path, field: str) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from pq.read_table(path, columns=[field]).column(field).to_pylist()
+        return
+    with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+        for line in io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8"):  # pyright: ignore[reportArgumentType]
+            row = json.loads(line)
+            if row["meta"]["redpajama_set_name"] != "RedPajamaGithub":
+                yield row[field]
 
 
 def ours(name: str, source: Path, tokenizer: Path, cores: int) -> tuple[float, float]:
@@ -156,67 +201,87 @@ def main(options: Options) -> None:
         processor = load_tokenizer(options.tokenizer)
         held = documents("slimpajama", folder / "slimpajama")
         raw = sum(len(text.encode()) for text in held)
-        tokens = len(held)
-        for start in range(0, len(held), BATCH):
-            tokens += sum(map(len, processor.encode(held[start : start + BATCH])))
-        count = len(held)
-        del held
-        rows = measure(options, folder, tokens)
+        parts = [
+            np.concatenate(processor.encode(held[start : start + BATCH], return_type="numpy"))
+            for start in range(0, len(held), BATCH)
+        ]
+        count, stream = len(held), np.concatenate(parts).astype(np.uint16)
+        del held, parts
+        prepared = measure(options, folder, len(stream) + count)
+        read = reading.measure(folder, stream, options.rounds, options.records, options.shards)
     finally:
         shutil.rmtree(folder)
-    sizes = {name: f"{size / 1e6:.0f} MB" for name, size in sizes.items()}
-    report(options, rows, f"{count:,} documents, {raw / 1e6:.0f} MB, {tokens:,} tokens", sizes)
+    files = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
+    text = f"{count:,} documents, {raw / 1e6:.0f} MB, {len(stream) + count:,} tokens; {files}."
+    report(options.out, options.rounds, text, prepared, read)
 
 
 def measure(options: Options, folder: Path, tokens: int) -> list[list[str]]:
-    """Rows of the table: medians over the rounds."""
+    """Rows of the table of preparing: medians over the rounds."""
     cases = [(name, cores) for name in ("slimpajama", "starcoder") for cores in (1, 2)]
     cases = [case for case in cases if case[1] <= len(os.sched_getaffinity(0))]
     times: dict[tuple, list[tuple[float, float]]] = {}
     for _ in range(options.rounds):
         for name, cores in cases:
             common = (name, folder / name, options.tokenizer.absolute())
-            halves = [(bare, (*common, part, cores)) for part in range(cores)]
-            times.setdefault((name, cores, "bare"), []).append(take_turn(cores, halves))
+            for function in (bare, original):
+                parts = [(function, (*common, part, cores)) for part in range(cores)]
+                times.setdefault((name, cores, function), []).append(take_turn(cores, parts))
             turn = take_turn(cores, [(ours, (*common, cores))])
-            times.setdefault((name, cores, "ours"), []).append(turn)
+            times.setdefault((name, cores, ours), []).append(turn)
+
+    def ratio(above: tuple, below: tuple, which: int = 0) -> str:
+        pairs = zip(times[above], times[below], strict=True)
+        return f"{statistics.median(a[which] / b[which] for a, b in pairs):.2f}"
+
     rows = []
     for name, cores in cases:
-        pairs = list(zip(times[name, cores, "bare"], times[name, cores, "ours"], strict=True))
         row = [name, str(cores)]
-        for which in (0, 1):
-            speeds = [tokens / pair[which][0] for pair in pairs]
+        for function in (bare, original, ours):
+            speeds = [tokens / seconds / 1e6 for seconds, _ in times[name, cores, function]]
             median, low, high = statistics.median(speeds), min(speeds), max(speeds)
-            row.append(f"{median:,.0f} ({low:,.0f}-{high:,.0f})")
-        row.append(f"{statistics.median(b[0] / o[0] for b, o in pairs):.2f}")
-        row.append(f"{statistics.median(b[1] / o[1] for b, o in pairs):.2f}")
+            row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+        mine = (name, cores, ours)
+        row += [ratio((name, cores, bare), mine), ratio((name, cores, bare), mine, 1)]
+        row += [ratio((name, cores, original), mine), ratio((name, 1, ours), mine)]
         rows.append(row)
     return rows
 
 
-def report(options: Options, rows: list[list[str]], text: str, sizes: dict[str, str]) -> None:
-    """Shows the table and writes it, dated, into the results."""
-    names = ("sentencepiece", "array-record", "pyarrow")
+COLUMNS = ["files", "cores", "bare", "original", "prepare"]
+COLUMNS += ["/ bare", "/ bare, CPU", "/ original", "/ one core"]
+
+
+def report(out: Path, rounds: int, text: str, prepared: list, read: list) -> None:
+    """Shows both tables and writes them, dated, into the results."""
+    names = ("sentencepiece", "array-record", "pyarrow", "grain")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     load = "/".join(f"{number:.1f}" for number in os.getloadavg())
-    columns = ["files", "cores", "bare, tokens/s", "prepare, tokens/s", "ratio", "ratio of CPU"]
-    legend = [
-        f"{text}; {', '.join(f'{name} {size}' for name, size in sizes.items())}. Python "
-        f"{platform.python_version()}, {versions}, {os.cpu_count()} cores, load average {load}.",
-        f"Tokens/s: median (slowest-fastest) of {options.rounds} rounds, by the clock. Ratio: "
-        "median of prepare over bare in the same round; of CPU: by CPU seconds, which other work "
-        "on the machine disturbs less: there was some where the load average is above the cores.",
-    ]
     date = datetime.date.today().isoformat()
-    table = Table(*columns, title=f"Preparing data, {date}", caption="\n".join(legend))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    lines = [f"# Preparing data, {date}", "", *legend, ""]
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"data-{date}.md").write_text("\n".join(lines) + "\n")
+    machine = (
+        f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores; load average at "
+        f"the end {load}, in which this is about 2: other work was there if it is above the cores."
+    )
+    speeds = (
+        f"{text} Million tokens/s by the clock: median (slowest-fastest) of {rounds} rounds. /: "
+        "how many times as fast prepare is as another in the same round, their median; by CPU "
+        "seconds, which other work on the machine disturbs less."
+    )
+    lines = [f"# Preparing and reading data, {date}", "", machine]
+    for title, columns, rows, legend in (
+        ("Preparing", COLUMNS, prepared, speeds),
+        ("Reading", reading.COLUMNS, read, f"{reading.LEGEND} {rounds} rounds."),
+    ):
+        table = Table(*columns, title=f"{title}, {date}", caption=legend)
+        lines += ["", f"## {title}", "", legend, ""]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        for row in rows:
+            table.add_row(*row)
+            lines.append(f"| {' | '.join(row)} |")
+        Console().print(table)
+    print(machine)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"data-{date}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A corpus becomes the same bytes in every way of preparing it, interrupted or not."""
 
+import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,31 +286,76 @@ def test_other_files_or_options_do_not_mix_with_what_is_there(prepared, tmp_path
         prepared("starcoder", "f")
 
 
-FULL = """
+# Files that may not grow fail as files on a full disk do.
+LIMITED = """
 import resource, sys
 from tinyllama_jax.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 sys.exit(main(sys.argv[1:]))
 """
 
+# A disk of its own in the memory of a new namespace, which needs no root; then there is room.
+FULL = """
+import os, shutil, subprocess, sys
+from tinyllama_jax.cli import main
+disk, *command = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], check=True)
+command += ["--out", disk + "/d", "--processes", "1"]
+found = main(command), os.listdir(disk + "/d.partial"), os.listdir(disk + "/d.partial/groups")
+subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+print(*found, main(command), sep=chr(10))
+shutil.copytree(disk + "/d", disk + ".copy")
+"""
 
-def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(data, tmp_path, capsys):
-    source, out = tmp_path / "source", tmp_path / "d"
+
+@pytest.fixture
+def tinystories(data, tmp_path):
+    """A command that prepares a corpus of more than one record, but for its --out."""
+    source = tmp_path / "source"
     (source / "data").mkdir(parents=True)
     for split in ("train", "validation"):
         pq.write_table(pa.table({"text": texts(0, 400)}), source / f"data/{split}-0.parquet")
-    options = {"--source": source, "--tokenizer": data.tokenizer, "--out": out}
-    command = ["prepare", "tinystories", *map(str, sum(options.items(), ()))]
-    # Files that may not grow fail as files on a full disk do.
+    return ["prepare", "tinystories", "--source", str(source), "--tokenizer", data.tokenizer]
+
+
+def test_a_file_that_cannot_grow_costs_one_sentence_and_the_same_command_goes_on(
+    tinystories, tmp_path, capsys
+):
+    command = [*tinystories, "--out", str(tmp_path / "d")]
     done = subprocess.run(
-        [sys.executable, "-c", FULL, *command], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", LIMITED, *command], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 2, done.stderr
-    assert "make room on that disk" in done.stderr and "Traceback" not in done.stderr
+    assert "make room on that disk" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "d.partial").iterdir()) == ["groups", "plan.json"]
     assert cli.main(command) == 0
     assert "train" in capsys.readouterr().out
-    assert cli.main(["verify", str(out)]) == 0
+    assert cli.main(["verify", str(tmp_path / "d")]) == 0
+    assert cli.main([*tinystories, "--out", str(tmp_path / "roomy"), "--processes", "1"]) == 0
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "roomy")
+
+
+def test_a_full_disk_in_the_middle_leaves_no_shard_and_room_brings_the_same_bytes(
+    tinystories, tmp_path
+):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"]).returncode:
+        pytest.skip("this system gives no user namespace to mount a small disk in")
+    (tmp_path / "disk").mkdir()
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", FULL, tmp_path / "disk", *tinystories],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    code, left, groups, code_with_room = done.stdout.splitlines()[-4:]
+    assert code == "2" and sorted(ast.literal_eval(left)) == ["groups", "plan.json"]
+    assert not [name for name in ast.literal_eval(groups) if name[0].isdigit()], "none was done"
+    assert "make room on that disk" in done.stderr and done.stderr.count("\n") == 1
+    assert code_with_room == "0"
+    assert cli.main([*tinystories, "--out", str(tmp_path / "roomy"), "--processes", "1"]) == 0
+    assert hashes(tmp_path / "disk.copy") == hashes(tmp_path / "roomy")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,18 +2,24 @@
 
 import dataclasses
 import itertools
+import json
 import math
+import os
 import shutil
 import time
 from fractions import Fraction
+from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama_jax.config import DataConfig, SourceConfig, StageConfig, UserError
+from tinyllama_jax.data import mixture as mixture_module
 from tinyllama_jax.data.mixture import (
     Mixture,
     Rows,
@@ -24,10 +30,12 @@ from tinyllama_jax.data.mixture import (
     ledger,
     make_mixture,
 )
+from tinyllama_jax.data.prepare import MANIFEST
+from tinyllama_jax.data.shards import ShardWriter, shard_name, token_features, write_tfds_metadata
 
 
 class Numbers:
-    """A source whose row i is the number i, with the source's own offset."""
+    """A source whose row i is the number i, with the source's own offset, in each of two tokens."""
 
     context, fill = 1, Fraction(1)
 
@@ -37,8 +45,8 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, index):
-        return np.array([self.offset + int(index)])
+    def read(self, rows):
+        return np.stack([self.offset + rows] * 2, axis=1)
 
     def __repr__(self):
         return f"Numbers({self.offset})"
@@ -56,7 +64,7 @@ def read(rows, start=0, seed=0, per_batch=4, micro_batches=2, mixture=SEVENTY_TO
 
 
 def flat(rows, **options):
-    return np.concatenate([batch.ravel() for batch in read(rows, **options)[0]])
+    return np.concatenate([batch[..., 0].ravel() for batch in read(rows, **options)[0]])
 
 
 @settings(deadline=None)
@@ -104,22 +112,69 @@ def test_order_is_a_function_of_seed_and_row():
         np.testing.assert_array_equal(flat(400 - start, start=start), rows[start:])
 
 
-def test_the_order_does_not_depend_on_the_number_of_readers():
-    whole, _ = read(160, per_batch=16)
-    for processes in (2, 4, 8):
+@pytest.mark.parametrize("threads,ahead", [(1, 1), (2, 3), (16, 20)])
+def test_the_order_does_not_depend_on_readers_threads_or_prefetch(monkeypatch, threads, ahead):
+    whole, _ = read(320, per_batch=16)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    monkeypatch.setattr(grain, "ReadOptions", lambda **_: options)
+    for processes in (1, 2, 4, 8):
         parts = [
-            read(160, per_batch=16, process=process, processes=processes)[0]
+            read(320, per_batch=16, process=process, processes=processes)[0]
             for process in range(processes)
         ]
+        union = [np.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)]
+        np.testing.assert_array_equal(union, whole)
+        found = np.concatenate([batch[..., 0].ravel() for batch in union])
+        for source, count in ((found[found < 1000], 50), (found[found >= 1000] - 1000, 20)):
+            epochs = [source[start : start + count] for start in range(0, len(source), count)]
+            assert len(epochs) > 4
+            for epoch in epochs[:-1]:
+                assert sorted(epoch) == list(range(count)), "each row once an epoch, none skipped"
+            assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+def test_readers_of_a_dataset_divide_every_batch(data):
+    sources = [Rows(s.path, "train", 64, SMALL.vocab_size) for s in data.sources]
+
+    def first(**process):
+        found = batches(sources, SEVENTY_TO_THIRTY, seed=3, start=48, micro_batches=2, rows=24,
+                        **process)  # fmt: skip
+        return list(itertools.islice(found, 20))
+
+    whole = first()
+    for processes in (2, 4, 8):
+        parts = [first(process=process, processes=processes) for process in range(processes)]
         for batch, *pieces in zip(whole, *parts, strict=True):
             np.testing.assert_array_equal(np.concatenate(pieces, axis=1), batch)
 
 
-def test_a_far_position_is_reached_at_once():
-    mixture = Mixture((0.693584, 0.306416))
-    source, row = mixture.locate(1_400_000 * 1024)
-    assert row == mixture.counts(1_400_000 * 1024)[source]
-    assert flat(4, start=10**12).shape == (4,)
+@pytest.mark.parametrize("step", [0, 1, 1_400_000])
+def test_a_position_is_restored_without_a_walk(step):
+    """The first batch costs no more places and rows than are read ahead, wherever it stands."""
+    places, rows = [], []
+
+    class CountedMixture(Mixture):
+        def locate(self, row):
+            places.append(row)
+            return super().locate(row)
+
+    class CountedNumbers(Numbers):
+        def read(self, asked):
+            rows.extend(asked)
+            return super().read(asked)
+
+    mixture = CountedMixture((0.693584, 0.306416))
+    sources = [CountedNumbers(10**9, offset) for offset in (0, 10**9)]
+    start = step * 1024
+    stream = batches(sources, mixture, seed=0, start=start, micro_batches=8, rows=128)
+    first = next(stream)[..., 0]
+    stream.close()
+    before, after = mixture.counts(start), mixture.counts(start + 1024)
+    assert len(np.unique(first)) == 1024
+    assert np.count_nonzero(first < 10**9) == after[0] - before[0]
+    # Eight batches ahead, and the four that threads may be at.
+    assert len(rows) <= len(places) <= 13 * 1024
+    assert min(places) == start and max(places) < start + 13 * 1024
 
 
 @st.composite
@@ -310,11 +365,60 @@ def test_rows_cut_records_without_losing_a_target(data):
     np.testing.assert_array_equal(np.concatenate([row[:-1] for row in rows]), long[0][:-1])
 
 
+@pytest.fixture
+def many_shards(data, tmp_path):
+    """A dataset with a shard for each record, its folder and TFDS's own reading of it."""
+    records = tfds.builder_from_directory(data.sources[0].path).as_data_source("train")
+    features, shards = token_features(SMALL.vocab_size), []
+    for index, record in enumerate(records):
+        name = shard_name("prose", "train", index, len(records))
+        writer = ShardWriter(tmp_path / name, features)
+        writer.write([record["tokens"]])
+        shards.append(writer.finish())
+    splits = {"train": {"records": len(records), "shards": shards}}
+    write_tfds_metadata(tmp_path, "prose", features, splits)
+    manifest = {"splits": splits, "tokenizer": {"sha256": ""}}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    return tmp_path, [record["tokens"] for record in records]
+
+
+def test_rows_are_what_tfds_reads_in_any_order_and_repeated(many_shards):
+    folder, records = many_shards
+    rows = Rows(folder, "train", 2048, SMALL.vocab_size)
+    assert len(rows) == 4 * len(records) and len(records) > 3
+    asked = np.random.default_rng(0).integers(0, len(rows), 200)
+    found = rows.read(asked)
+    assert found.shape == (200, 2049) and found.dtype == np.int32
+    for index, row in zip(asked, found, strict=True):
+        start = index % 4 * 2048
+        np.testing.assert_array_equal(row, records[index // 4][start : start + 2049])
+        np.testing.assert_array_equal(row, rows[index])
+    assert rows.read([]).shape == (0, 2049)
+    for outside in (-1, len(rows)):
+        with pytest.raises(IndexError, match="asked"):
+            rows[outside]
+
+
+def test_no_more_than_so_many_shards_are_open_at_once(many_shards, monkeypatch):
+    folder, records = many_shards
+    monkeypatch.setattr(mixture_module, "OPEN_SHARDS", 2)
+    rows = Rows(folder, "train", 8192, SMALL.vocab_size)
+
+    def open_files():
+        there = [Path(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        return sum(os.path.realpath(path).startswith(str(folder)) for path in there)
+
+    assert open_files() == 0, "a shard is opened when it is read"
+    for _ in range(2):
+        for index, tokens in enumerate(records):
+            np.testing.assert_array_equal(rows[index], tokens)
+            assert 1 <= open_files() <= 2
+
+
 def test_ids_outside_the_models_vocabulary_are_named(data):
     rows = Rows(data.sources[0].path, "train", 64, vocab_size=300)
     with pytest.raises(UserError, match="outside the model's vocabulary of 300"):
-        for index in range(len(rows)):
-            rows[index]
+        rows.read(range(len(rows)))
 
 
 def test_the_error_of_a_row_reaches_the_reader_of_batches(data):

@@ -1,11 +1,30 @@
 """Tokenizers: training one, opening one, and the bytes behind tokens."""
 
+import gzip
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from conftest import GOLDEN, VOCAB
+from test_tokenizer_json import STRINGS, document_of_10_mb
 
+from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer, train_tokenizer
+from tinyllama_jax.data.corpus import prepare_corpus
+from tinyllama_jax.data.readers import Corpus
+from tinyllama_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    UNK,
+    ByteCounter,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 def test_a_trained_tokenizer_has_llamas_ids_and_loses_nothing(data):
@@ -16,6 +35,35 @@ def test_a_trained_tokenizer_has_llamas_ids_and_loses_nothing(data):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not {0, 1, 2} & set(ids), "special tokens in text stay text"
+
+
+@pytest.mark.parametrize("which", ["own", "llama2"])
+def test_a_preparation_encodes_as_bare_sentencepiece_does(which, data, request, tmp_path):
+    """In batches and threads, from a file, whatever the text; special tokens in it stay text."""
+    model = request.getfixturevalue("llama2") if which == "llama2" else Path(data.tokenizer)
+    golden = (GOLDEN / "text.txt").read_text()
+    documents = {
+        "train": [*STRINGS.values(), document_of_10_mb(), golden * 20],
+        "validation": [golden * 30],
+    }
+    for split, texts in documents.items():
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    corpus = Corpus({split: f"{split}.jsonl" for split in documents})
+    manifest = prepare_corpus("odd", corpus, tmp_path, model, tmp_path / "d", processes=2)
+    assert manifest and manifest["skipped"] == {"dropped": {"no text": 1}, "bad": []}
+
+    processor, wanted = load_tokenizer(model), []
+    for text in filter(None, documents["train"]):
+        ids = processor.encode(text)
+        assert not {UNK, BOS, EOS} & set(ids)
+        wanted += [*ids, EOS]
+    records = tfds.builder_from_directory(tmp_path / "d").as_data_source("train")
+    found = np.concatenate([record["tokens"] for record in records])
+    facts = manifest["splits"]["train"]
+    assert len(wanted) == facts["tokens"] + facts["dropped_tokens"]
+    np.testing.assert_array_equal(found, wanted[: len(found)])
+    assert len(found) > len(wanted) - len(records[0]["tokens"]), "all but a tail"
 
 
 def test_bytes_behind_tokens_are_the_texts_bytes(data):
@@ -29,12 +77,41 @@ def test_bytes_behind_tokens_are_the_texts_bytes(data):
     )
 
 
-def test_a_missing_or_foreign_tokenizer_is_refused(tmp_path):
+def test_a_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path / "none.model")
-    (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(UserError, match="not a sentencepiece model"):
-        load_tokenizer(tmp_path / "text.model")
+
+
+def zipped(content: bytes) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("../tokenizer.model", content)
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: b"",
+        lambda whole: b"not a model",
+        lambda whole: np.random.default_rng(0).bytes(5000),
+        lambda whole: bytes(5000),
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-1],
+        lambda whole: whole[1:],
+        zipped,
+        pickle.dumps,
+        gzip.compress,
+    ],
+    ids="empty text random zeros half short late zip pickle gz".split(),
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_refused_in_a_sentence(spoil, data, tmp_path, capsys):
+    (tmp_path / "t.model").write_bytes(spoil(Path(data.tokenizer).read_bytes()))
+    options = ["--tokenizer", tmp_path / "t.model", "--source", tmp_path, "--out", tmp_path / "d"]
+    assert cli.main(["prepare", "files", *map(str, options)]) == 2
+    shown = capsys.readouterr().err
+    assert "t.model is not a sentencepiece model" in shown and shown.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.model"]
 
 
 def test_too_little_text_is_refused_and_nothing_is_written(tmp_path):

@@ -69,8 +69,21 @@ STRINGS = {
     "maths": "∀x∈ℝ: ⌈x⌉ ≠ −x",
     "replacement character": "a\ufffdb",
     "last code points": "\ud7ff\ue000\uffff\U0010ffff",
+    "unassigned": "\u0378 \ufdd0 \U00030000 \U000e0fff",
+    "private use": "\ue000\U000f0000",
+    "variation selectors": "❤\ufe0f ❤\ufe0e 葛\U000e0100",
+    "right to left numbers": "\u0661\u0662 (12) \u05d0",
+    "long run of newlines": "\n" * 999 + "x" + "\r\n" * 99,
+    "long run of joined emoji": "👩\u200d🚀" * 500,
     "mixed": " <s> 数学 = x\u0301²\t\n</s>  ",
 }
+
+
+def document_of_10_mb() -> str:
+    """All of the above, over and over in a row, with long runs between."""
+    strings = [text for text in STRINGS.values() if len(text) < 100]
+    part = "".join(strings) + "草" * 800_000 + " " * 500_000 + "🦙" * 50_000
+    return part * (10_000_000 // len(part.encode()) + 1)
 
 
 def train(file, **options):
@@ -221,6 +234,13 @@ def test_transformers_encodes_as_sentencepiece_does(both_tokenizers):
     }
     assert not wrong
     assert transformed(list(STRINGS.values()))["input_ids"] == processor.encode([*STRINGS.values()])
+
+
+@pytest.mark.torch
+def test_transformers_encodes_a_document_of_10_mb_as_sentencepiece_does(both_tokenizers):
+    processor, transformed = both_tokenizers
+    text = document_of_10_mb()
+    assert transformed(text, verbose=False)["input_ids"] == processor.encode(text)
 
 
 @pytest.mark.torch

@@ -1,0 +1,217 @@
+"""The whole way of a corpus: prepared in every way, killed on the way, verified, mixed, trained on.
+
+    python benchmarks/corpus_end_to_end.py    # a table; exit code 1 if anything is wrong
+
+The text of data.py, as SlimPajama and as StarCoder, and a tokenizer made of its beginning. Every
+way of preparing must leave the same bytes in every file. The last one is killed, the whole process
+group at once, at moments drawn by chance, and begun again. A small Llama is then trained on both,
+mixed as TinyLlama mixed them.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import data
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tinyllama_jax import cli
+from tinyllama_jax.config import DEMO
+from tinyllama_jax.data import readers
+from tinyllama_jax.data.corpus import prepare_corpus
+from tinyllama_jax.data.prepare import read_manifest
+from tinyllama_jax.data.tokenizer import file_sha256, train_tokenizer
+
+SHARES = {"slimpajama": 0.693584, "starcoder": 0.306416}
+# Small groups need a larger share for a record of validation.
+CORPORA = readers.CORPORA | {
+    "starcoder": dataclasses.replace(readers.CORPORA["starcoder"], held_out_share=0.02)
+}
+PIECES = 4096
+SPAWN = multiprocessing.get_context("spawn")
+
+CONFIG = """
+import dataclasses
+from tinyllama_jax.config import *
+
+def get_config():
+    sources = tuple(SourceConfig(name, {folder!r} + "/" + name, share)
+                    for name, share in {shares!r}.items())
+    return Config(
+        run_folder={folder!r} + "/run",
+        model=dataclasses.replace(DEMO, vocab_size={pieces}, width=64, layers=2),
+        data=DataConfig(sources, tokenizer={folder!r} + "/tokenizer.model"),
+        steps={steps}, batch_rows=16, micro_batches=2,
+        log_every=1, optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=2),
+        checkpoint=CheckpointConfig(every={steps}), validation=ValidationConfig(every={steps}),
+        sample=SampleConfig(every={steps}, prompts=("The",)),
+    )
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    megabytes: int = 200
+    """Of text, half in each corpus."""
+    group_kilobytes: int = 2000
+    """Of records, about, in a group: small, so that there are many to be killed in."""
+    kills: int = 10
+    steps: int = 30
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A corpus to prepare."""
+
+    name: str
+    source: Path
+    tokenizer: Path
+    out: Path
+    group_bytes: int
+
+    def run(self, started, worker: tuple[int, int] = (0, 1), processes: int = 2) -> None:
+        """In a process and a process group of its own."""
+        os.setsid()
+        started.set()
+        options = {"worker": worker, "processes": processes, "group_bytes": self.group_bytes}
+        folders = self.source, self.tokenizer, self.out
+        prepare_corpus(self.name, CORPORA[self.name], *folders, **options)
+
+
+def begin(task: Task, **options):
+    """Returns the process, once it is about to prepare."""
+    started = SPAWN.Event()
+    process = SPAWN.Process(target=functools.partial(task.run, started, **options))
+    process.start()
+    while not started.wait(0.01) and process.is_alive():
+        pass
+    return process
+
+
+def end(*processes) -> None:
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            sys.exit(f"Preparing failed with exit code {process.exitcode}.")
+
+
+def by_processes(task: Task, processes: int) -> None:
+    end(begin(task, processes=processes))
+
+
+def by_workers(task: Task, workers: int) -> None:
+    end(*[begin(task, worker=(index, workers), processes=1) for index in range(workers)])
+    end(begin(task))  # joins, if each of the last two saw the other's group missing
+
+
+def killed(task: Task, kills: int, seconds: float, rng: random.Random) -> None:
+    """Lets it work for about half of `seconds` in all before the last kill, then to its end."""
+    for kill in range(kills):
+        process = begin(task)
+        time.sleep(rng.uniform(0, seconds / kills))
+        if not process.is_alive():
+            sys.exit(f"It was done before kill {kill + 1} of {kills}: give more --megabytes.")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    end(begin(task))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+
+
+def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
+    """Rows of the table. The dataset of the last way stays, as `folder/name`."""
+    rows, wanted, slowest = [], {}, 0.0
+    rng = random.Random(f"{options.seed} {name}")
+    # Another way of preparing is a line here.
+    ways: dict[str, Callable[[Task], None]] = {
+        "2 processes": lambda task: by_processes(task, 2),
+        "1 process": lambda task: by_processes(task, 1),
+        "3 workers at once": lambda task: by_workers(task, 3),
+        f"killed {options.kills} times": lambda task: killed(task, options.kills, slowest, rng),
+    }
+    for way, function in ways.items():
+        out = folder / name
+        shutil.rmtree(out, ignore_errors=True)
+        source, tokenizer = folder / "corpora" / name, folder / "tokenizer.model"
+        task = Task(name, source, tokenizer, out, options.group_kilobytes * 1000)
+        start = time.perf_counter()
+        function(task)
+        seconds = time.perf_counter() - start
+        slowest = slowest or seconds
+        found = hashes(out)
+        wanted = wanted or found
+        leftovers = [path.name for path in folder.glob(f"{name}.*")]
+        same = found == wanted and not leftovers
+        whole = cli.main(["verify", str(out)]) == cli.DONE
+        splits = read_manifest(out)["splits"].values()
+        counts = sum(len(split["shards"]) for split in splits), sum(s["tokens"] for s in splits)
+        checks = ("yes" if good else "NO" for good in (same, whole))
+        rows.append([name, way, f"{seconds:.1f}", *(f"{count:,}" for count in counts), *checks])
+    return rows
+
+
+def train(options: Options, folder: Path) -> str:
+    """Trains on the mixture, through the command line; returns a sentence of what came of it."""
+    text = CONFIG.format(folder=str(folder), shares=SHARES, pieces=PIECES, steps=options.steps)
+    (folder / "config.py").write_text(text)
+    code = cli.main(["train", str(folder / "config.py")])
+    written = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [found for found in map(json.loads, written) if "train/loss" in found]
+    last = steps[-1]
+    rows = options.steps * 16
+    for name, share in SHARES.items():
+        found = last[f"data/{name}/tokens"] / DEMO.context
+        if abs(found - share * rows) > 1:
+            sys.exit(f"{found} of {rows} rows are of {name}, not {share}.")
+    losses = [found["train/loss"] for found in steps]
+    if code or not all(map(math.isfinite, losses)) or losses[-1] >= losses[0]:
+        sys.exit(f"Training ended with exit code {code}, losses {losses}.")
+    return (
+        f"{len(losses)} steps on the mixture: loss {losses[0]:.3f} to {losses[-1]:.3f}; "
+        + ", ".join(f"{name} {last[f'data/{name}/tokens']:,} tokens" for name in SHARES)
+    )
+
+
+COLUMNS = ("corpus", "way", "seconds", "shards", "tokens", "same bytes", "verified")
+
+
+def main(options: Options) -> int:
+    """Returns the exit code: 1 if a way left other bytes, or a dataset that is not whole."""
+    # What killed processes leave in shared memory is cleaned up, and told, when this one ends.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
+    folder = Path(tempfile.mkdtemp())
+    try:
+        sizes = data.write_corpora(folder / "corpora", options.megabytes * 10**6 // 2)
+        beginning = data.texts(min(2, options.megabytes) * 10**6)
+        train_tokenizer(beginning, PIECES, folder / "tokenizer.model")
+        rows = [row for name in SHARES for row in prepare(options, folder, name)]
+        trained = train(options, folder)
+    finally:
+        shutil.rmtree(folder)
+    files = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
+    table = Table(*COLUMNS, title=f"{options.megabytes} MB of text: {files}", caption=trained)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return int(any("NO" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
