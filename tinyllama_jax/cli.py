@@ -178,7 +178,9 @@ def tokenizer(
 
 def prepare(
     dataset: Positional[
-        Literal["stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files"]
+        Literal[
+            "stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files", "tokens"
+        ]
     ],
     /,
     *,
@@ -187,21 +189,25 @@ def prepare(
     source: Path | None = None,
     field: str | None = None,
     drop: tuple[str, ...] = (),
+    dtype: Literal["uint16", "uint32"] | None = None,
     worker: str | None = None,
     processes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
 ) -> int:
-    """Turn raw text into datasets that `train` reads.
+    """Turn raw text, or files of token ids, into datasets that `train` reads.
 
     Args:
       dataset: `stdlib`: the standard library of this Python, as two sources, prose and code.
         `files`: a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt and source code.
+        `tokens`: a folder of .bin and .npy files of ids of this tokenizer: TinyLlama's packed
+        files, NumPy arrays, or ids without a header.
         The others: a folder in the layout in which that corpus is published.
       tokenizer: A sentencepiece model.
       out: Folder to make: the dataset, or for `stdlib` one subfolder each.
       source: Folder that holds the corpus.
       field: Of `files`: where a row has its text, `text` by default; dots lead further in.
       drop: Of `files`: FIELD=VALUE of rows to leave out.
+      dtype: Of `tokens`: what ids in files without a header are, uint16 by default.
       worker: i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a
         call that finds no group missing joins them.
       processes: Processes on this machine; by default one a core.
@@ -213,7 +219,7 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or worker or processes or on_error == "skip"),
+            not (source or field or drop or dtype or worker or processes or on_error == "skip"),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
@@ -225,7 +231,7 @@ def prepare(
         with sigterm_as_interrupt():
             manifest = prepare_corpus(
                 dataset.replace("-", "_"),  # TFDS's names have no hyphens
-                open_corpus(dataset, field, drop),
+                open_corpus(dataset, field, drop, dtype),
                 source,
                 tokenizer,
                 out,

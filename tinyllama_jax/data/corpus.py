@@ -19,7 +19,7 @@ from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.data.groups import GROUP_BYTES, Group, Preparation, make_groups
 from tinyllama_jax.data.packing import RECORD, token_dtype
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
-from tinyllama_jax.data.readers import CORPORA, Corpus, OnError, list_files
+from tinyllama_jax.data.readers import CORPORA, Corpus, OnError, RawDtype, list_files
 from tinyllama_jax.data.shards import (
     remove_leftovers,
     shard_name,
@@ -27,6 +27,7 @@ from tinyllama_jax.data.shards import (
     write_tfds_metadata,
     write_whole,
 )
+from tinyllama_jax.data.token_files import TOKEN_FACTS, open_splits
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.data.workers import run_groups
 
@@ -40,6 +41,7 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
       UserError: a bad tokenizer, or a source folder that does not hold the corpus.
     """
     corpus = preparation.corpus
+    is_text = corpus.raw_dtype is None
     vocab_size = load_tokenizer(preparation.tokenizer).get_piece_size()
     files, unknown = list_files(corpus, preparation.source)
     listed = [[split, name, size] for split in files for name, size in files[split]]
@@ -52,13 +54,14 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
             "names_and_sizes_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
             "files_of_unknown_kind": dict(sorted(unknown.items())),
         },
-        "field": corpus.field,
+        "field": corpus.field if is_text else None,
         "filters": [f"drop {field} = {value}" for field, value in corpus.drop],
+        **({} if is_text else {"raw_dtype": corpus.raw_dtype}),
         "held_out_share": corpus.held_out_share,
         "group_bytes": group_bytes,
         "tokenizer": {"sha256": file_sha256(preparation.tokenizer), "pieces": vocab_size},
-        "bos": False,
-        "eos": True,
+        "bos": False if is_text else "as found",
+        "eos": True if is_text else "as found",
         "record_tokens": RECORD + 1,
         "dtype": token_dtype(vocab_size).__name__,
         "versions": {
@@ -206,8 +209,12 @@ def _manifest(
         for rule, count in found["dropped"].items():
             dropped[rule] = dropped.get(rule, 0) + count
     skipped = {"dropped": dropped, "bad": [facts for found in sidecars for facts in found["bad"]]}
-    text_bytes = sum(found["text_bytes"] for found in sidecars)
-    return plan | {"text_bytes": text_bytes, "skipped": skipped, "splits": splits}
+    read = {
+        fact: sum(found[fact] for found in sidecars)
+        for fact in ("text_bytes", *TOKEN_FACTS)
+        if all(fact in found for found in sidecars)
+    }
+    return plan | read | {"skipped": skipped, "splits": splits}
 
 
 def prepare_corpus(
@@ -241,6 +248,8 @@ def prepare_corpus(
     Raises:
       UserError: all that `write_group`, `plan_corpus`, `begin` and `join_groups` raise.
     """
+    if corpus.raw_dtype is not None:
+        corpus = open_splits(corpus, source)
     preparation = Preparation(name, corpus, source, tokenizer, out, on_error)
     plan, groups = plan_corpus(preparation, group_bytes)
     if out.exists():
@@ -263,33 +272,50 @@ def parse_worker(text: str) -> tuple[int, int]:
     return int(index), int(workers)
 
 
-def open_corpus(name: str, field: str | None, drop: Sequence[str]) -> Corpus:
-    """A row of `CORPORA`, with the user's own fields if it is `files`.
+def open_corpus(
+    name: str, field: str | None, drop: Sequence[str], dtype: RawDtype | None = None
+) -> Corpus:
+    """A row of `CORPORA`, with the user's own fields if it is `files`, or dtype if `tokens`.
 
     Args:
       name: of the row.
       field: of the text, if given.
       drop: "FIELD=VALUE" of rows to leave out.
+      dtype: of files without a header, if given.
 
     Raises:
-      UserError: fields for a corpus that has its own, or a rule without `=`.
+      UserError: fields for a corpus that has none or its own, a dtype for text, or a rule without
+        `=`.
     """
     corpus = CORPORA[name]
     require(
         name == "files" or not (field or drop),
-        f"{name} has fields of its own: leave --field and --drop to `prepare files`.",
+        f"--field and --drop are for `prepare files`, not for {name}: leave them out.",
+    )
+    require(
+        name == "tokens" or not dtype,
+        f"--dtype is for `prepare tokens`, not for {name}: leave it out.",
     )
     rules = []
     for rule in drop:
         key, equals, value = rule.partition("=")
         require(bool(key and equals), f"--drop is {rule!r}: give FIELD=VALUE.")
         rules.append((key, value))
-    return dataclasses.replace(corpus, field=field or corpus.field, drop=(*corpus.drop, *rules))
+    return dataclasses.replace(
+        corpus,
+        field=field or corpus.field,
+        drop=(*corpus.drop, *rules),
+        raw_dtype=dtype or corpus.raw_dtype,
+    )
 
 
 def summary(manifest: dict[str, Any]) -> str:
     """A dataset in one line: tokens of each split, and what was left out."""
     parts = [f"{split} {facts['tokens']:,} tokens" for split, facts in manifest["splits"].items()]
+    if "eos_tokens" in manifest:
+        parts.append(f"{manifest['bos_tokens']:,} bos and {manifest['eos_tokens']:,} eos found")
+    if manifest.get("tokens_without_text"):
+        parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
     skipped = manifest.get("skipped", {"dropped": {}, "bad": []})
     parts += [f"{count:,} documents dropped: {why}" for why, count in skipped["dropped"].items()]
     if skipped["bad"]:
