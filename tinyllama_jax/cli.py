@@ -193,6 +193,8 @@ def prepare(
     worker: str | None = None,
     processes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    runner: str | None = None,
+    beam_options: tuple[str, ...] = (),
 ) -> int:
     """Turn raw text, or files of token ids, into datasets that `train` reads.
 
@@ -212,6 +214,9 @@ def prepare(
         call that finds no group missing joins them.
       processes: Processes on this machine; by default one a core.
       on_error: Bad input stops, or is left out and counted in the manifest.
+      runner: Apache Beam does the groups, on this runner of its own; DirectRunner is this machine.
+        Its workers see all paths as this process does.
+      beam_options: NAME=VALUE of Beam's pipeline options: direct_num_workers=8.
     """
     from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
     from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
@@ -219,7 +224,8 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or dtype or worker or processes or on_error == "skip"),
+            not (source or field or drop or dtype or worker or processes or on_error == "skip")
+            and not (runner or beam_options),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
@@ -238,6 +244,8 @@ def prepare(
                 worker=parse_worker(worker) if worker else (0, 1),
                 processes=processes,
                 on_error=on_error,
+                runner=runner,
+                beam_options=beam_options,
             )
     except KeyboardInterrupt:
         print("Stopped; the same command goes on.", file=sys.stderr)

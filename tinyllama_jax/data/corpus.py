@@ -7,11 +7,13 @@ TFDS gives them, and the folder its own name.
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -227,6 +229,8 @@ def prepare_corpus(
     worker: tuple[int, int] = (0, 1),
     processes: int | None = None,
     on_error: OnError = "stop",
+    runner: str | None = None,
+    beam_options: Sequence[str] = (),
     group_bytes: int = GROUP_BYTES,
 ) -> dict[str, Any] | None:
     """Prepares a corpus as the dataset `out`, or goes on with it, or leaves it alone if complete.
@@ -240,14 +244,26 @@ def prepare_corpus(
       worker: (i, n): of n workers, this one does the groups whose index mod n is i.
       processes: of this worker; as many as it may use cores by default.
       on_error: what to do with bad input, see `Tally`.
+      runner: of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
+      beam_options: of its pipeline.
       group_bytes: see `make_groups`.
 
     Returns:
       The manifest, or None if groups of other workers are missing.
 
     Raises:
-      UserError: all that `write_group`, `plan_corpus`, `begin` and `join_groups` raise.
+      UserError: all that `write_group`, `plan_corpus`, `begin`, `join_groups` and `make_pipeline`
+        raise; Beam that is not installed, or that gets options without a runner.
     """
+    index, workers = worker
+    label = "" if workers == 1 else f"-{index}-of-{workers}"
+    driver = functools.partial(run_groups, processes=processes, label=label)
+    if runner or beam_options:
+        require(
+            workers == 1 and processes is None,
+            "--runner has workers of its own: leave out --worker and --processes.",
+        )
+        driver = _beam_driver(runner, beam_options)
     if corpus.raw_dtype is not None:
         corpus = open_splits(corpus, source)
     preparation = Preparation(name, corpus, source, tokenizer, out, on_error)
@@ -255,13 +271,29 @@ def prepare_corpus(
     if out.exists():
         return open_finished(plan, out)
     begin(preparation, plan)
-    index, workers = worker
     mine = [g for g in missing_groups(preparation, groups) if g.index % workers == index]
-    label = "" if workers == 1 else f"-{index}-of-{workers}"
-    run_groups(preparation, mine, processes, label)
+    driver(preparation, mine)
     if missing_groups(preparation, groups):
         return None
     return join_groups(preparation, plan, groups)
+
+
+def _beam_driver(
+    runner: str | None, options: Sequence[str]
+) -> Callable[[Preparation, Sequence[Group]], None]:
+    require(runner is not None, "--beam-options are for a --runner: name one.")
+    assert runner
+    logging.disable(logging.WARNING)  # Beam misses Google's libraries, which need not be here
+    try:
+        from tinyllama_jax.data import beam
+
+        return functools.partial(beam.run_groups, beam.make_pipeline(runner, options))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--runner needs Apache Beam ({error}): pip install 'tinyllama-jax[beam]'."
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def parse_worker(text: str) -> tuple[int, int]:
