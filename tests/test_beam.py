@@ -28,23 +28,40 @@ def test_beam_in_processes_goes_on_with_the_groups_that_are_missing(prepared, tm
     assert verify_dataset(tmp_path / "two") == []
 
 
-def test_what_a_worker_meets_is_one_sentence_and_exit_code_2(data, tmp_path, capsys):
+@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
+def test_what_a_worker_meets_is_one_sentence_and_exit_code_2(mode, data, tmp_path, capsys):
     write_starcoder(tmp_path / "source")
     (tmp_path / "source/c/train-00001-of-00002.parquet").write_bytes(b"PAR1")
     options = {"--source": tmp_path / "source", "--tokenizer": data.tokenizer,
-               "--out": tmp_path / "d", "--runner": "DirectRunner"}  # fmt: skip
+               "--out": tmp_path / "d", "--runner": "DirectRunner",
+               "--beam-options": f"direct_running_mode={mode}"}  # fmt: skip
     assert cli.main(["prepare", "starcoder", *map(str, sum(options.items(), ()))]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err
+    *_, line = said.splitlines()  # before it, Beam's processes tell of themselves
     assert line.startswith("tinyllama: c/train-00001-of-00002.parquet is damaged")
+    assert "Traceback" not in said
     left = [path.name for path in (tmp_path / "d.partial" / "groups").iterdir()]
     assert not any(name.endswith(".error") for name in left), left
+
+
+def test_a_signal_ends_with_the_exit_code_of_what_goes_on(
+    sources, data, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyllama_jax.data.beam.write_group", interrupted)
+    options = {"--source": sources / "starcoder", "--tokenizer": data.tokenizer,
+               "--out": tmp_path / "d", "--runner": "DirectRunner"}  # fmt: skip
+    assert cli.main(["prepare", "starcoder", *map(str, sum(options.items(), ()))]) == 75
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--runner", "NoRunner"], "NoRunner cannot be had"),
-        (["--runner", "no.module.Runner"], "no.module.Runner cannot be had"),
+        (["--runner", "NoRunner"], "--runner NoRunner: "),
+        (["--runner", "no.module.Runner"], "--runner no.module.Runner: "),
         (["--runner", "DirectRunner", "--beam-options", "workers=2"], "no option workers"),
         (["--runner", "DirectRunner", "--beam-options", "direct_num_workers=x"], "invalid int"),
     ],

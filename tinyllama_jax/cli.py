@@ -216,7 +216,8 @@ def prepare(
       on_error: Bad input stops, or is left out and counted in the manifest.
       runner: Apache Beam does the groups, on this runner of its own; DirectRunner is this machine.
         Its workers see all paths as this process does.
-      beam_options: NAME=VALUE of Beam's pipeline options: direct_num_workers=8.
+      beam_options: NAME=VALUE of Beam's pipeline options, such as direct_num_workers=8
+        direct_running_mode=multi_processing.
     """
     from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
     from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest

@@ -34,25 +34,22 @@ def make_pipeline(runner: str, options: Sequence[str]) -> beam.Pipeline:
     Raises:
       UserError: a runner or an option that Beam does not know, or a value that it does not take.
     """
-    flags = [f"--{option}" for option in options]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = PipelineOptions(flags)
-            known, all_named = (
-                parsed.get_all_options(retain_unknown_options=every) for every in (False, True)
-            )
+            parsed = PipelineOptions([f"--{option}" for option in options])
+            known = parsed.get_all_options()
+            named = parsed.get_all_options(retain_unknown_options=True)
     except SystemExit:  # argparse's way
         reason = said.getvalue().strip().rpartition("error: ")[2]
         raise UserError(f"--beam-options: {reason}.") from None
-    unknown = sorted(all_named.keys() - known.keys())
+    unknown = sorted(named.keys() - known.keys())
     require(not unknown, f"--beam-options: Beam has no option {', '.join(unknown)}.")
     try:
         chosen = LOCAL_RUNNER if runner.lower() in ("direct", "directrunner") else runner
         return beam.Pipeline(runner=chosen, options=parsed)
     except (ValueError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"--runner {runner} cannot be had ({reason}).") from None
+        raise UserError(f"--runner {runner}: {' '.join(str(error).split())}") from None
 
 
 def run_groups(pipeline: beam.Pipeline, preparation: Preparation, groups: Sequence[Group]) -> None:
@@ -69,16 +66,19 @@ def run_groups(pipeline: beam.Pipeline, preparation: Preparation, groups: Sequen
     paths = {name: getattr(preparation, name).absolute() for name in ("source", "tokenizer", "out")}
     preparation = dataclasses.replace(preparation, **paths)
     _ = pipeline | beam.Create(groups) | beam.Reshuffle() | beam.Map(_write, preparation)
-    ended = pipeline.run().wait_until_finish()
+    try:
+        ended = pipeline.run().wait_until_finish()
+    except RuntimeError as error:
+        # What Beam makes of Ctrl-C where a worker is this process.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     failed = [file for g in groups if (file := _sentence(preparation, g)).exists()]
     if sentences := [file.read_text() for file in failed]:
         for file in failed:
             file.unlink()
         raise UserError(sentences[0])
-    require(
-        ended == PipelineState.DONE,
-        f"Beam ended as {ended}: the same command goes on with the groups that are missing.",
-    )
+    require(ended == PipelineState.DONE, f"Beam ended as {ended}: the same command goes on.")
 
 
 def _write(group: Group, preparation: Preparation) -> None:
@@ -89,8 +89,7 @@ def _write(group: Group, preparation: Preparation) -> None:
         write_whole(_sentence(preparation, group), str(error))
 
 
-def _sentence(preparation: Preparation, group: Group) -> Path:
-    """Where a worker leaves what the user should hear."""
+def _sentence(preparation: Preparation, group: Group) -> Path:  # that the user should hear
     return preparation.sidecar(group).with_suffix(".error")
 
 
