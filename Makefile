@@ -46,8 +46,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@echo "Installing what the tests need, PyTorch among it: once."
-	$(PIP) '.[test,torch]'
+	@echo "Installing what the tests need, PyTorch and Apache Beam among it: once."
+	$(PIP) '.[test,torch,beam]'
 	@touch $@
 
 $(VENV)-compile/installed: requirements.txt pyproject.toml

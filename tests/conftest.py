@@ -18,7 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import numpy as np
 import pytest
-from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder
+from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder, write_token_files
 
 from tinyllama_jax.config import (
     CheckpointConfig,
@@ -81,6 +81,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
     write_slimpajama(folder / "slimpajama")
     write_starcoder(folder / "starcoder")
+    write_token_files(folder / "tokens")
     return folder
 
 

@@ -17,6 +17,7 @@ GROUP_BYTES = 5_000
 CASES = {
     "slimpajama": CORPORA["slimpajama"],
     "starcoder": dataclasses.replace(CORPORA["starcoder"], held_out_share=0.4),
+    "tokens": dataclasses.replace(CORPORA["tokens"], held_out_share=0.4),
 }
 
 
@@ -49,3 +50,23 @@ def write_starcoder(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         table = {"max_stars_count": range(99), "content": texts(seed, 99)}
         pq.write_table(pa.table(table), path)
+
+
+def packed_tokens(ids, code: int = 8, version: int = 1) -> bytes:
+    """A packed file of the original TinyLlama, in uint16."""
+    header = b"LITPKDS" + version.to_bytes(8, "little") + bytes([code])
+    return header + len(ids).to_bytes(8, "little") + np.asarray(ids, "<u2").tobytes()
+
+
+def write_token_files(folder: Path) -> list[int]:
+    """Packed files of equal size, the last filled with bos; returns the ids without those."""
+    rng, ids = np.random.default_rng(0), []
+    for _ in range(300):
+        ids += [*rng.integers(3, 400, rng.integers(1, 2000)).tolist(), 2]
+    size = -(-len(ids) // 7)
+    padded = ids + [1] * (7 * size - len(ids))
+    folder.mkdir(parents=True)
+    for part in range(7):
+        name = f"train_slim_0_{part:010d}.bin"
+        (folder / name).write_bytes(packed_tokens(padded[part * size : (part + 1) * size]))
+    return ids

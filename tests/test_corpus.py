@@ -38,7 +38,7 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["slimpajama", "starcoder"])
 def test_the_records_are_the_documents_in_order(prepared, name, data, tmp_path, sources):
     manifest = prepared(name)
     assert manifest == read_manifest(tmp_path / "d")
@@ -244,7 +244,7 @@ def test_what_was_skipped_is_not_taken_over_by_a_call_that_stops(prepared, tmp_p
 def test_a_worker_that_another_overtakes_is_content(prepared, tmp_path, monkeypatch, moment):
     function = getattr(corpus_module, moment)
 
-    def others_are_faster(*arguments):
+    def others_are_faster(*_, **__):
         monkeypatch.setattr(corpus_module, moment, function)
         prepared("starcoder")
 
@@ -383,18 +383,31 @@ def test_the_command_line_names_every_corpus():
     [
         (["starcoder"], "--source"),
         (["starcoder", "--source", "nowhere"], "no folder nowhere"),
-        (["starcoder", "--source", ".", "--field", "x"], "fields of its own"),
+        (["starcoder", "--source", ".", "--field", "x"], "are for `prepare files`"),
         (["files", "--source", ".", "--drop", "x"], "FIELD=VALUE"),
         (["files", "--source", ".", "--worker", "3/3"], "give i/n"),
         (["files", "--source", ".", "--worker", "x"], "give i/n"),
         (["files", "--source", "."], "no readable file"),
+        (["files", "--source", ".", "--dtype", "uint16"], "is for `prepare tokens`"),
+        (["files", "--source", ".", "--beam-options", "x=1"], "are for a --runner"),
+        (["files", "--source", ".", "--runner", "x", "--worker", "0/2"], "of its own"),
         (["stdlib", "--field", "x"], "leave the rest out"),
+        (["stdlib", "--runner", "x"], "leave the rest out"),
     ],
 )
 def test_a_mistaken_command_costs_one_message(argv, words, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", *argv, "--tokenizer", data.tokenizer, "--out", "out"]) == 2
     assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_beam_that_is_not_installed_is_named(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "tinyllama_jax.data.beam", raising=False)
+    monkeypatch.delattr("tinyllama_jax.data.beam", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'tinyllama-jax\[beam\]'"):
+        prepared("starcoder", runner="DirectRunner", processes=None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -179,7 +179,9 @@ def tokenizer(
 
 def prepare(
     dataset: Positional[
-        Literal["stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files"]
+        Literal[
+            "stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files", "tokens"
+        ]
     ],
     /,
     *,
@@ -188,28 +190,38 @@ def prepare(
     source: Path | None = None,
     field: str | None = None,
     drop: tuple[str, ...] = (),
+    dtype: Literal["uint16", "uint32"] | None = None,
     worker: str | None = None,
     processes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     best_fit: int | None = None,
+    runner: str | None = None,
+    beam_options: tuple[str, ...] = (),
 ) -> int:
-    """Turn raw text into datasets that `train` reads.
+    """Turn raw text, or files of token ids, into datasets that `train` reads.
 
     Args:
       dataset: `stdlib`: the standard library of this Python, as two sources, prose and code.
         `files`: a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt and source code.
+        `tokens`: a folder of .bin and .npy files of ids of this tokenizer: TinyLlama's packed
+        files, NumPy arrays, or ids without a header.
         The others: a folder in the layout in which that corpus is published.
       tokenizer: A sentencepiece model.
       out: Folder to make: the dataset, or for `stdlib` one subfolder each.
       source: Folder that holds the corpus.
       field: Of `files`: where a row has its text, `text` by default; dots lead further in.
       drop: Of `files`: FIELD=VALUE of rows to leave out.
+      dtype: Of `tokens`: what ids in files without a header are, uint16 by default.
       worker: i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a
         call that finds no group missing joins them.
       processes: Processes on this machine; by default one a core.
       on_error: Bad input stops, or is left out and counted in the manifest.
       best_fit: Tokens of a row, the model's context: documents that fit one are never cut, and
         what is left of a row is padded. By default documents are concatenated.
+      runner: Apache Beam does the groups, on this runner of its own; DirectRunner is this machine.
+        Its workers see all paths as this process does.
+      beam_options: NAME=VALUE of Beam's pipeline options, such as direct_num_workers=8
+        direct_running_mode=multi_processing.
     """
     from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
     from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
@@ -217,7 +229,8 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or worker or processes or best_fit or on_error == "skip"),
+            not (source or field or drop or dtype or worker or processes or on_error == "skip")
+            and not (best_fit or runner or beam_options),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
@@ -229,7 +242,7 @@ def prepare(
         with sigterm_as_interrupt():
             manifest = prepare_corpus(
                 dataset.replace("-", "_"),  # TFDS's names have no hyphens
-                open_corpus(dataset, field, drop),
+                open_corpus(dataset, field, drop, dtype),
                 source,
                 tokenizer,
                 out,
@@ -237,6 +250,8 @@ def prepare(
                 processes=processes,
                 on_error=on_error,
                 best_fit=best_fit,
+                runner=runner,
+                beam_options=beam_options,
             )
     except KeyboardInterrupt:
         print("Stopped; the same command goes on.", file=sys.stderr)

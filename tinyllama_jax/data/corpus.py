@@ -7,11 +7,13 @@ TFDS gives them, and the folder its own name.
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +28,7 @@ from tinyllama_jax.data.groups import (
 )
 from tinyllama_jax.data.packing import RECORD, token_dtype
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
-from tinyllama_jax.data.readers import CORPORA, Corpus, OnError, list_files
+from tinyllama_jax.data.readers import CORPORA, Corpus, OnError, RawDtype, list_files
 from tinyllama_jax.data.shards import (
     remove_leftovers,
     shard_name,
@@ -34,6 +36,7 @@ from tinyllama_jax.data.shards import (
     write_tfds_metadata,
     write_whole,
 )
+from tinyllama_jax.data.token_files import TOKEN_FACTS, open_splits
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.data.workers import run_groups
 
@@ -48,6 +51,7 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
         not fill a record.
     """
     corpus = preparation.corpus
+    is_text = corpus.raw_dtype is None
     vocab_size = load_tokenizer(preparation.tokenizer).get_piece_size()
     make_packer(vocab_size, preparation.row_tokens)  # may complain here, before all else
     files, unknown = list_files(corpus, preparation.source)
@@ -61,8 +65,9 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
             "names_and_sizes_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
             "files_of_unknown_kind": dict(sorted(unknown.items())),
         },
-        "field": corpus.field,
+        "field": corpus.field if is_text else None,
         "filters": [f"drop {field} = {value}" for field, value in corpus.drop],
+        **({} if is_text else {"raw_dtype": corpus.raw_dtype}),
         "held_out_share": corpus.held_out_share,
         "packing": (
             {"kind": "concatenation"}
@@ -71,8 +76,8 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
         ),
         "group_bytes": group_bytes,
         "tokenizer": {"sha256": file_sha256(preparation.tokenizer), "pieces": vocab_size},
-        "bos": False,
-        "eos": True,
+        "bos": False if is_text else "as found",
+        "eos": True if is_text else "as found",
         "record_tokens": RECORD + 1,
         "dtype": token_dtype(vocab_size).__name__,
         "versions": {
@@ -223,8 +228,12 @@ def _manifest(
         for rule, count in found["dropped"].items():
             dropped[rule] = dropped.get(rule, 0) + count
     skipped = {"dropped": dropped, "bad": [facts for found in sidecars for facts in found["bad"]]}
-    text_bytes = sum(found["text_bytes"] for found in sidecars)
-    return plan | {"text_bytes": text_bytes, "skipped": skipped, "splits": splits}
+    read = {
+        fact: sum(found[fact] for found in sidecars)
+        for fact in ("text_bytes", *TOKEN_FACTS)
+        if all(fact in found for found in sidecars)
+    }
+    return plan | read | {"skipped": skipped, "splits": splits}
 
 
 def prepare_corpus(
@@ -238,6 +247,8 @@ def prepare_corpus(
     processes: int | None = None,
     on_error: OnError = "stop",
     best_fit: int | None = None,
+    runner: str | None = None,
+    beam_options: Sequence[str] = (),
     group_bytes: int = GROUP_BYTES,
 ) -> dict[str, Any] | None:
     """Prepares a corpus as the dataset `out`, or goes on with it, or leaves it alone if complete.
@@ -253,26 +264,57 @@ def prepare_corpus(
       on_error: what to do with bad input, see `Tally`.
       best_fit: tokens of the rows into which documents are packed whole, with padding; by default
         they are concatenated.
+      runner: of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
+      beam_options: of its pipeline.
       group_bytes: see `make_groups`.
 
     Returns:
       The manifest, or None if groups of other workers are missing.
 
     Raises:
-      UserError: all that `write_group`, `plan_corpus`, `begin` and `join_groups` raise.
+      UserError: all that `write_group`, `plan_corpus`, `begin`, `join_groups` and `make_pipeline`
+        raise; Beam that is not installed, or that gets options without a runner.
     """
+    index, workers = worker
+    label = "" if workers == 1 else f"-{index}-of-{workers}"
+    driver = functools.partial(run_groups, processes=processes, label=label)
+    if runner or beam_options:
+        require(
+            workers == 1 and processes is None,
+            "--runner has workers of its own: leave out --worker and --processes.",
+        )
+        driver = _beam_driver(runner, beam_options)
+    if corpus.raw_dtype is not None:
+        require(best_fit is None, "--best-fit is for text: ids are taken in the order they have.")
+        corpus = open_splits(corpus, source)
     preparation = Preparation(name, corpus, source, tokenizer, out, on_error, best_fit)
     plan, groups = plan_corpus(preparation, group_bytes)
     if out.exists():
         return open_finished(plan, out)
     begin(preparation, plan)
-    index, workers = worker
     mine = [g for g in missing_groups(preparation, groups) if g.index % workers == index]
-    label = "" if workers == 1 else f"-{index}-of-{workers}"
-    run_groups(preparation, mine, processes, label)
+    driver(preparation, mine)
     if missing_groups(preparation, groups):
         return None
     return join_groups(preparation, plan, groups)
+
+
+def _beam_driver(
+    runner: str | None, options: Sequence[str]
+) -> Callable[[Preparation, Sequence[Group]], None]:
+    require(runner is not None, "--beam-options are for a --runner: name one.")
+    assert runner
+    logging.disable(logging.WARNING)  # Beam misses Google's libraries, which need not be here
+    try:
+        from tinyllama_jax.data import beam
+
+        return functools.partial(beam.run_groups, beam.make_pipeline(runner, options))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--runner needs Apache Beam ({error}): pip install 'tinyllama-jax[beam]'."
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def parse_worker(text: str) -> tuple[int, int]:
@@ -283,28 +325,41 @@ def parse_worker(text: str) -> tuple[int, int]:
     return int(index), int(workers)
 
 
-def open_corpus(name: str, field: str | None, drop: Sequence[str]) -> Corpus:
-    """A row of `CORPORA`, with the user's own fields if it is `files`.
+def open_corpus(
+    name: str, field: str | None, drop: Sequence[str], dtype: RawDtype | None = None
+) -> Corpus:
+    """A row of `CORPORA`, with the user's own fields if it is `files`, or dtype if `tokens`.
 
     Args:
       name: of the row.
       field: of the text, if given.
       drop: "FIELD=VALUE" of rows to leave out.
+      dtype: of files without a header, if given.
 
     Raises:
-      UserError: fields for a corpus that has its own, or a rule without `=`.
+      UserError: fields for a corpus that has none or its own, a dtype for text, or a rule without
+        `=`.
     """
     corpus = CORPORA[name]
     require(
         name == "files" or not (field or drop),
-        f"{name} has fields of its own: leave --field and --drop to `prepare files`.",
+        f"--field and --drop are for `prepare files`, not for {name}: leave them out.",
+    )
+    require(
+        name == "tokens" or not dtype,
+        f"--dtype is for `prepare tokens`, not for {name}: leave it out.",
     )
     rules = []
     for rule in drop:
         key, equals, value = rule.partition("=")
         require(bool(key and equals), f"--drop is {rule!r}: give FIELD=VALUE.")
         rules.append((key, value))
-    return dataclasses.replace(corpus, field=field or corpus.field, drop=(*corpus.drop, *rules))
+    return dataclasses.replace(
+        corpus,
+        field=field or corpus.field,
+        drop=(*corpus.drop, *rules),
+        raw_dtype=dtype or corpus.raw_dtype,
+    )
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -314,6 +369,10 @@ def summary(manifest: dict[str, Any]) -> str:
         parts.append(f"{split} {facts['tokens']:,} tokens")
         if facts.get("padding_tokens"):
             parts[-1] += f" ({1 - facts['fill_rate']:.2%} padding)"
+    if "eos_tokens" in manifest:
+        parts.append(f"{manifest['bos_tokens']:,} bos and {manifest['eos_tokens']:,} eos found")
+    if manifest.get("tokens_without_text"):
+        parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
     skipped = manifest.get("skipped", {"dropped": {}, "bad": []})
     parts += [f"{count:,} documents dropped: {why}" for why, count in skipped["dropped"].items()]
     if skipped["bad"]:

@@ -7,6 +7,7 @@ sidecar, the JSON of what it did; a group with a sidecar is done.
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +17,15 @@ import numpy as np
 
 from tinyllama_jax.data.packing import BestFitPacker, Packer
 from tinyllama_jax.data.readers import (
-    FORMATS,
     Corpus,
     OnError,
     Tally,
     is_held_out,
     read_documents,
-    suffix,
+    record_bytes,
 )
 from tinyllama_jax.data.shards import ShardWriter, token_features, write_whole
+from tinyllama_jax.data.token_files import read_token_documents
 from tinyllama_jax.data.tokenizer import load_tokenizer
 
 GROUP_BYTES = 2**28
@@ -103,7 +104,7 @@ def make_groups(files: dict[str, list[tuple[str, int]]], group_bytes: int) -> li
                 cut.append([])
                 expected = 0.0
             cut[-1].append((name, size))
-            expected += size * FORMATS[suffix(name)].record_bytes
+            expected += size * record_bytes(name)
         if expected < group_bytes and len(cut) > 1:
             left = cut.pop()
             cut[-1] += left
@@ -131,7 +132,7 @@ def write_group(
 
     Returns:
       The sidecar, as it stands on disk: `PACKER_FACTS` and shards of each split that has
-      documents, counts of what was left out, bytes of text.
+      documents, counts of what was left out, bytes of text or counts of bos and eos.
 
     Raises:
       UserError: bad input and `on_error` is "stop"; a file that cannot be read; a full disk.
@@ -142,13 +143,20 @@ def write_group(
     packers: dict[str, Packer] = {}
     writers: dict[str, ShardWriter] = {}
     text_bytes = 0
+    is_text = preparation.corpus.raw_dtype is None
+    if is_text:
+        read = read_documents
+        encode = functools.partial(processor.encode, num_threads=threads, return_type="numpy")
+    else:
+        read = functools.partial(read_token_documents, vocab_size=vocab_size)
+        encode = list
 
-    def add(split: str, texts: list[str]) -> int:
-        ids = processor.encode(texts, num_threads=threads, return_type="numpy")
+    def add(split: str, documents: list[Any]) -> int:
+        ids = encode(documents)
         if split not in packers:
             packers[split] = make_packer(vocab_size, preparation.row_tokens)
-        write(split, packers[split].add(ids))
-        return len(ids) + sum(map(len, ids))
+        write(split, packers[split].add(ids, add_eos=is_text))
+        return is_text * len(ids) + sum(map(len, ids))
 
     def write(split: str, records_RS: np.ndarray) -> None:
         if len(records_RS) and split not in writers:
@@ -158,9 +166,9 @@ def write_group(
 
     with contextlib.ExitStack() as on_exit:
         on_exit.callback(lambda: [writer.discard() for writer in writers.values()])
-        for batch, size, moved in _batches(preparation, group, tally, BATCH_BYTES * threads):
+        for batch, size, moved in _batches(preparation, group, tally, BATCH_BYTES * threads, read):
             text_bytes += size
-            report(moved, sum(add(split, texts) for split, texts in batch.items()))
+            report(moved, sum(add(split, documents) for split, documents in batch.items()))
         for split, packer in packers.items():
             write(split, packer.finish())
         shards = {split: writers[split].finish() for split in sorted(writers)}
@@ -170,7 +178,7 @@ def write_group(
             for fact in PACKER_FACTS
         },
         "shards": shards,
-        "text_bytes": text_bytes,
+        **({"text_bytes": text_bytes} if is_text else tally.tokens),
         "dropped": dict(sorted(tally.dropped.items())),
         "bad": list(tally.bad.values()),
     }
@@ -179,16 +187,19 @@ def write_group(
 
 
 def _batches(
-    preparation: Preparation, group: Group, tally: Tally, size: int
-) -> Iterator[tuple[dict[str, list[str]], int, int]]:
-    """({split: texts}, bytes of the texts, bytes of input since the batch before) of a group."""
+    preparation: Preparation, group: Group, tally: Tally, size: int, read: Callable[..., Iterator]
+) -> Iterator[tuple[dict[str, list[Any]], int, int]]:
+    """({split: documents}, bytes of them, bytes of input since the batch before) of a group.
+
+    `read` yields each document, a text or its ids, with the bytes that say whether it is held out.
+    """
     share, batch, filled = preparation.corpus.held_out_share, {}, 0
     before = done = 0  # bytes of the files at the last batch, and of those that are read
     for file, bytes_of_file in group.files:
-        for text, utf8 in read_documents(preparation.source, file, preparation.corpus, tally):
-            held_out = share and is_held_out(utf8, share)
-            batch.setdefault("validation" if held_out else group.split, []).append(text)
-            filled += len(utf8)
+        for document, key in read(preparation.source, file, preparation.corpus, tally):
+            held_out = share and is_held_out(key, share)
+            batch.setdefault("validation" if held_out else group.split, []).append(document)
+            filled += len(key)
             if filled >= size:
                 now = done + tally.bytes_read
                 yield batch, filled, now - before

@@ -42,8 +42,14 @@ class Packer:
         """Tokens that no record holds, if nothing is added any more."""
         return len(self.stream)
 
-    def add(self, documents: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Takes the ids of each document, without eos, and returns the records that are now whole.
+    def add(
+        self, documents: Sequence[Sequence[int] | np.ndarray], add_eos: bool = True
+    ) -> np.ndarray:
+        """Takes the ids of each document and returns the records that are now whole.
+
+        Args:
+          documents: ids, as long as each document is.
+          add_eos: whether an eos is added to each; False: they have what they should have.
 
         Returns:
           records_RS of shape (records, `RECORD` + 1), maybe none, in the dtype of the vocabulary.
@@ -53,7 +59,10 @@ class Packer:
         """
         arrays = [np.asarray(document, np.int64) for document in documents]
         ends = np.cumsum([len(array) for array in arrays])
-        ids = np.insert(np.concatenate(arrays), ends, EOS) if arrays else np.empty(0, np.int64)
+        ids = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+        if add_eos and arrays:
+            ids = np.insert(ids, ends, EOS)
+            ends += np.arange(1, len(ends) + 1)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
             raise UserError(
                 f"A document holds the token id {ids.max() if ids.min() >= 0 else ids.min()}, "
@@ -61,7 +70,7 @@ class Packer:
             )
         self.documents += len(arrays)
         self.tokens += len(ids)
-        return self._pack(ids.astype(self.dtype), ends + np.arange(1, len(arrays) + 1))
+        return self._pack(ids.astype(self.dtype), ends)
 
     def finish(self) -> np.ndarray:
         """The records that only the end makes whole."""

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,10 @@ PARQUET_ROWS = 256  # read at once
 READ_BYTES = 2**20
 
 OnError = Literal["stop", "skip"]
+RawDtype = Literal["uint16", "uint32"]
+
+TOKEN_FILES = (".bin", ".npy")
+"""Suffixes of files that hold token ids, see `token_files.py`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Corpus:
     """(field, value): rows to leave out."""
     held_out_share: float = 0.0
     """Share of the documents of `train` that make its `validation`; see `is_held_out`."""
+    raw_dtype: RawDtype | None = None
+    """Of the token ids in files without a header; None: the files hold text."""
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Of the files that it reads."""
+        return FORMATS if self.raw_dtype is None else TOKEN_FILES
 
 
 # One in 200: a validation split that fills records from about 10 MB of text on.
@@ -52,6 +63,8 @@ CORPORA = {
     "fineweb-edu": Corpus({"train": "**/*.parquet"}, held_out_share=SHARE),
     "tinystories": Corpus({s: f"data/{s}-*.parquet" for s in ("train", "validation")}),
     "files": Corpus({"train": "**/*"}, held_out_share=SHARE),
+    # Files of validation, where there are some, take the place of the share; see `open_splits`.
+    "tokens": Corpus({"train": "**/*"}, held_out_share=SHARE, raw_dtype="uint16"),
 }
 
 
@@ -81,7 +94,7 @@ def list_files(corpus: Corpus, source: Path) -> tuple[dict[str, list[tuple[str, 
             name = path.relative_to(source).as_posix()
             if any(part.startswith(".") for part in name.split("/")) or not path.is_file():
                 continue
-            if suffix(name) in FORMATS:
+            if suffix(name) in corpus.suffixes:
                 files.append((name, path.stat().st_size))
             else:
                 unknown[suffix(name)] += 1
@@ -109,6 +122,7 @@ class Tally:
         self.on_error = on_error
         self.dropped: Counter[str] = Counter()  # documents, by the rule that leaves them out
         self.bad: dict[tuple[str, str], dict[str, Any]] = {}
+        self.tokens: Counter[str] = Counter()  # of files of ids, by what the manifest calls them
         self.bytes_read = 0  # of the file that is being read
 
     def add_bad(self, file: str, reason: str, row: int | None = None, detail: str = "") -> None:
@@ -173,7 +187,7 @@ def read_documents(
                 tally.dropped["no text"] += 1
             else:
                 yield text, utf8
-    except _BadFile as error:
+    except BadFile as error:
         tally.add_bad(file, str(error))
         return
     except (pa.ArrowException, OSError) as error:
@@ -194,7 +208,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-class _BadFile(Exception):
+class BadFile(Exception):
     """The rest of a file cannot be used; str() is the reason."""
 
 
@@ -251,7 +265,7 @@ def _read_parquet(path: Path, fields: tuple[str, ...], tally: Tally) -> Rows:
         roots = sorted({field.split(".")[0] for field in fields})
         for root in roots:
             if root not in file.schema_arrow.names:
-                raise _BadFile(f"has no column {root!r}")
+                raise BadFile(f"has no column {root!r}")
         total, row = file.metadata.num_rows, 0
         for batch in file.iter_batches(PARQUET_ROWS, columns=roots, use_threads=False):
             columns = [_column(batch, field) for field in fields]
@@ -271,7 +285,7 @@ def _column(batch: pa.RecordBatch, field: str) -> list[Any]:
     for name in names:
         kind = column.type
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            raise _BadFile(f"has no column {field!r}")
+            raise BadFile(f"has no column {field!r}")
         column = pc.struct_field(column, name)  # pyright: ignore[reportAttributeAccessIssue]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -287,7 +301,7 @@ def _read_whole(path: Path, fields: tuple[str, ...], tally: Tally) -> Rows:
         data = file.read(LARGEST_DOCUMENT + 1)
     tally.bytes_read = len(data)
     if len(data) > LARGEST_DOCUMENT:
-        raise _BadFile(TOO_LARGE)
+        raise BadFile(TOO_LARGE)
     try:
         yield 1, [data.decode(), *[None] * (len(fields) - 1)]
     except UnicodeDecodeError:
@@ -300,11 +314,17 @@ class Format:
 
     read: Callable[[Path, tuple[str, ...], Tally], Rows]
     record_bytes: float
-    """Bytes of records that a byte of the file becomes, on the low side, to size the shards."""
+    """See the function of this name."""
 
 
 def _compressed(compression: str) -> Callable[[Path, tuple[str, ...], Tally], Rows]:
     return lambda path, fields, tally: _read_jsonl(path, fields, tally, compression)
+
+
+def record_bytes(name: str) -> float:
+    """Bytes of records that a byte of a file becomes, on the low side, to size the shards."""
+    # Ids become uint16 mostly, and mostly were.
+    return 1.0 if suffix(name) in TOKEN_FILES else FORMATS[suffix(name)].record_bytes
 
 
 SOURCE_CODE = (
