@@ -121,13 +121,20 @@ def by_workers(task: Task, workers: int) -> None:
 def killed(task: Task, kills: int, seconds: float, rng: random.Random) -> None:
     """Lets it work for about half of `seconds` in all before the last kill, then to its end."""
     for kill in range(kills):
-        process = begin(task)
+        before, process = unfinished_shards(task), begin(task)
+        while process.is_alive() and unfinished_shards(task) <= before:
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, seconds / kills))
         if not process.is_alive():
             sys.exit(f"It was done before kill {kill + 1} of {kills}: give more --megabytes.")
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     end(begin(task))
+
+
+def unfinished_shards(task: Task) -> set[str]:
+    """Names of shards at work, in which a process has its number."""
+    return {path.name for path in task.out.with_name(f"{task.name}.partial").glob(".*-*")}
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -30,8 +30,9 @@ let a process open, and a shard of 16,384 records takes 144 KB for its index."""
 
 
 def _open_shard(path: str) -> ArrayRecordReader:
-    # Neither read-ahead nor threads of its own: rows come in random order, to Grain's threads.
-    options = "readahead_buffer_size:0,max_parallelism:0"
+    # Neither read-ahead nor threads of its own: rows come in random order, to Grain's threads. An
+    # index is shorter than the 1 MB that would be fetched for it, and so is a small shard.
+    options = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
     return ArrayRecordReader(path, options, file_reader_buffer_size=2**15)
 
 
