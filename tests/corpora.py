@@ -53,9 +53,13 @@ def write_starcoder(folder: Path) -> None:
 
 
 def packed_tokens(ids, code: int = 8, version: int = 1) -> bytes:
-    """A packed file of the original TinyLlama, in uint16."""
+    """A packed file of the original TinyLlama: uint16, or int32 by code 4."""
     header = b"LITPKDS" + version.to_bytes(8, "little") + bytes([code])
-    return header + len(ids).to_bytes(8, "little") + np.asarray(ids, "<u2").tobytes()
+    return (
+        header
+        + len(ids).to_bytes(8, "little")
+        + np.asarray(ids, "<i4" if code == 4 else "<u2").tobytes()
+    )
 
 
 def write_token_files(folder: Path) -> list[int]:

@@ -55,6 +55,7 @@ def raw(path: Path, ids, dtype: str) -> None:
 
 KINDS = {
     "packed.bin": lambda path, ids: path.write_bytes(packed_tokens(ids)),
+    "packed_wide.bin": lambda path, ids: path.write_bytes(packed_tokens(ids, code=4)),
     "true.npy": lambda path, ids: npy(path, ids, "<u2"),
     "wide.npy": lambda path, ids: npy(path, ids, ">i8"),
     "rows.npy": lambda path, ids: np.save(path, np.array(ids, "<i4")[None]),
@@ -180,7 +181,7 @@ def test_an_id_outside_the_vocabulary_is_named_by_its_place(tmp_path):
     assert [facts["rows"] for facts in tally.bad.values()] == [1]
 
 
-def test_files_of_validation_take_the_place_of_the_share(tmp_path):
+def test_the_names_of_files_tell_their_splits(tmp_path):
     def layout(*names):
         folder = tmp_path / "-".join(names).replace("/", "_")
         for name in names:
@@ -188,15 +189,20 @@ def test_files_of_validation_take_the_place_of_the_share(tmp_path):
             raw(folder / name, [5, 2], "<u2")
         return open_splits(TOKENS, folder)
 
-    assert layout("a.bin", "train.bin", "test.bin", "trainval/b.bin") == TOKENS
+    assert layout("a.bin", "train.bin", "trainval/b.bin") == TOKENS
     by_name = layout("train.bin", "val.bin")
-    assert by_name == layout("x/train_slim_0.bin", "validation_slim_0.bin", "y/test_0.npy")
+    assert by_name == layout("x/train_slim_0.bin", "validation_slim_0.bin")
+    tested = layout("x/train_0.bin", "y/test_0.npy")
+    assert tested.splits == {"train": "**/train*", "test": "**/test*"}
+    assert tested.held_out_share == TOKENS.held_out_share
     by_folder = layout("train/0.npy", "validation/0.npy")
     assert by_name.held_out_share == by_folder.held_out_share == 0
     assert by_name.splits["validation"] == "**/val*"
     assert by_folder.splits["validation"] == "val*/**/*"
     with pytest.raises(UserError, match="part-0.npy is of no split"):
         layout("train.bin", "val.bin", "part-0.npy")
+    with pytest.raises(UserError, match="none of train"):
+        layout("val.bin")
 
 
 def test_the_command_reads_train_and_val(data, tmp_path, capsys):
@@ -220,7 +226,7 @@ def test_the_command_reads_train_and_val(data, tmp_path, capsys):
 def test_memory_stays_flat(tmp_path, separated):
     block = np.random.default_rng(0).integers(3, VOCAB, 2**20).astype("<u2")
     if separated:
-        block[:: 2**10] = 2
+        block[:: 2**12] = 2
     with open(tmp_path / "a.bin", "wb") as file:
         for _ in range(64):
             file.write(block.tobytes())

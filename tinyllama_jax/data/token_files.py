@@ -41,11 +41,13 @@ LAYOUTS = (
 
 
 def open_splits(corpus: Corpus, source: Path) -> Corpus:
-    """The corpus with the files that `source` has for validation, in place of a held-out share.
+    """The corpus with the splits that the names below `source` tell, if they tell some.
+
+    Files of validation take the place of the held-out share.
 
     Raises:
       UserError: no token files; a first one of another dtype than `raw_dtype`, before anything is
-        begun with that; or, beside files for validation, files of no split.
+        begun with that; or, beside files of validation or test, none of train or some of no split.
     """
     names = {name for name, _ in list_files(corpus, source)[0]["train"]}
     head = _head(source / min(names))
@@ -59,14 +61,17 @@ def open_splits(corpus: Corpus, source: Path) -> Corpus:
             split: names & {path.relative_to(source).as_posix() for path in source.glob(pattern)}
             for split, pattern in splits.items()
         }
-        if found["validation"]:
+        if found["validation"] or found["test"]:
             rest = names.difference(*found.values())
             require(
-                not rest,
-                f"{source} has files for validation, and {min(rest, default='')} is of no split: "
-                "let the names of all begin with train, val or test.",
+                bool(found["train"]) and not rest,
+                f"{source} has files of validation or test, and "
+                f"{min(rest) + ' is of no split' if rest else 'none of train'}: let the names of "
+                "all begin with train, val or test.",
             )
-            return dataclasses.replace(corpus, splits=splits, held_out_share=0.0)
+            there = {split: pattern for split, pattern in splits.items() if found[split]}
+            share = 0.0 if found["validation"] else corpus.held_out_share
+            return dataclasses.replace(corpus, splits=there, held_out_share=share)
     return corpus
 
 
