@@ -208,30 +208,27 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
 
 
 def cached_attention(
-    q_BTNH: jax.Array,
+    q_B1NH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    lengths_B: jax.Array,
+    filled_BS: jax.Array,
     *,
     scale: float | None = None,
 ) -> jax.Array:
-    """Attention of the T newest tokens over a cache that holds them, for decoding.
+    """Attention of the newest token of each row over a cache that holds it, for decoding.
 
     Args:
-      q_BTNH: queries of the tokens at positions lengths - T to lengths - 1.
-      k_BSKH: cached keys; those at `lengths` and after are not looked at.
+      q_B1NH: its queries.
+      k_BSKH: cached keys, in any order.
       v_BSKH: cached values.
-      lengths_B: tokens in the cache, the newest included, from T to S.
+      filled_BS: bool, which columns of the cache hold a token of the row; no other is looked at.
       scale: factor on the scores; 1 / sqrt(H) by default.
 
     Returns:
-      o_BTNH, equal to the last T rows of `attention` over the cached tokens.
+      o_B1NH, equal to the last row of `attention` over the tokens in the cache.
     """
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    positions_BT = lengths_B[:, None] - T + jnp.arange(T)
-    visible_BTS = jnp.arange(S) <= positions_BT[:, :, None]
-    scale = 1 / math.sqrt(q_BTNH.shape[3]) if scale is None else scale
-    return _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale)
+    scale = 1 / math.sqrt(q_B1NH.shape[3]) if scale is None else scale
+    return _softmax_sum(q_B1NH, k_BSKH, v_BSKH, filled_BS[:, None], scale)
 
 
 def _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale):
