@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -344,7 +344,7 @@ def generate(
         if 0 < config.context - len(start) < max_tokens:
             room = config.context - len(start)
             print(f"The context of {config.context} holds {room} new tokens.", file=sys.stderr)
-    options = dict(
+    options: dict[str, Any] = dict(
         max_tokens=max_tokens,
         sampler=sampler,
         seed=seed,
@@ -355,6 +355,7 @@ def generate(
         for new in continue_ids(config, weights, prompts, **options):
             print(*new)
     else:
+        assert tokenizer
         chunks = stream(config, weights, prompts, **options)
         for part in as_they_come(tokenizer, prompts, chunks, stop):
             print(part, end="", flush=True)

@@ -76,8 +76,17 @@ def generate(
       UserError: an empty prompt, an id outside the vocabulary, or a prompt that fills the context.
     """
     rows = [[] for _ in prompts]
-    options = dict(max_tokens=max_tokens, sampler=sampler, seed=seed, eos=eos, stop=stop)
-    for new in stream(config, weights, prompts, **options):
+    chunks = stream(
+        config,
+        weights,
+        prompts,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        seed=seed,
+        eos=eos,
+        stop=stop,
+    )
+    for new in chunks:
         for row, ids in zip(rows, new, strict=True):
             row += ids
     return rows
@@ -106,7 +115,7 @@ def stream(
     tokens_BT = np.zeros((len(prompts), _size(max(lengths_B))), np.int32)
     for tokens_T, prompt in zip(tokens_BT, prompts, strict=True):
         tokens_T[: len(prompt)] = prompt
-    columns = _size(tokens_BT.shape[1] + max(limits_B))
+    columns = _size(tokens_BT.shape[1] + max(limits_B) - 1)  # nobody reads the last token
     seeds_B = (seed + np.arange(len(prompts))).astype(np.uint32)
     # With their types: a program is compiled for each of them.
     how = (
