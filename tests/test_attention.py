@@ -75,8 +75,8 @@ def test_cached_attention_is_the_last_row_of_attention(lengths):
     q, k, v, _ = inputs(2, 12, 6, 2, 8)
     newest = np.array(lengths) - 1
     places = np.random.default_rng(0).permutation(17)[:12]
-    cached_k, cached_v = (np.full((2, 17, 2, 8), 1e3, np.float32) for _ in range(2))
-    cached_k[:, places], cached_v[:, places] = k, v
+    cached_k, cached_v = (np.full((2, 2, 17, 8), 1e3, np.float32) for _ in range(2))
+    cached_k[:, :, places], cached_v[:, :, places] = k.swapaxes(1, 2), v.swapaxes(1, 2)
     filled = np.zeros((2, 17), bool)
     filled[:, places] = np.arange(12) < np.array(lengths)[:, None]
     found = cached_attention(

@@ -39,7 +39,7 @@ def test_greedy_takes_the_likeliest_token_of_the_bare_forward_pass(weights, gree
         assert new == wanted
 
 
-SAMPLERS = [Sampler(), Sampler(1.5), Sampler(1.5, top_k=50, top_p=0.9)]
+SAMPLERS = [Sampler(), Sampler(5.0), Sampler(5.0, top_k=50, top_p=0.9)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)

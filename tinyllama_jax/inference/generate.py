@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tinyllama_jax.config import LlamaConfig, require
 from tinyllama_jax.model import llama
 
-CHUNK = 16  # new tokens of a row between two looks at them
+CHUNK = 8  # new tokens of a row between two looks at them
 SMALLEST = 32  # sizes are powers of two from here on, so that few programs serve all lengths
 
 
@@ -126,9 +126,9 @@ def stream(
     )
     end = np.int32(-1 if eos is None else eos)
 
-    weights = _by_layer(weights)
+    weights = _for_decoding(weights)
     texts = _begin(config, columns, weights, tokens_BT, lengths_B, how)
-    new_BC, new = texts.newest_B[:, None], 1
+    new_BC, new = np.asarray(texts.newest_B)[:, None], 1
     rows, open_B = [[] for _ in prompts], np.ones(len(prompts), bool)
     while True:
         before = [len(row) for row in rows]
@@ -179,6 +179,9 @@ def _extend(
     return True
 
 
+_for_decoding = jax.jit(llama.for_decoding)
+
+
 class _Texts(NamedTuple):
     """Where the rows are, on the device."""
 
@@ -189,12 +192,6 @@ class _Texts(NamedTuple):
     column: jax.Array
     """Where they go in the cache."""
     cache: llama.Cache
-
-
-@jax.jit
-def _by_layer(weights: llama.Weights) -> llama.Weights:
-    # A layer's weights cut out of all layers' would be copied for every token.
-    return weights | {"blocks": llama.unstack(weights["blocks"])}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -204,13 +204,20 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
         visible_BTS &= jnp.tri(T, dtype=bool)
     if segment_ids_BT is not None:
         visible_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale)
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    probabilities_BKGTS = _softmax(scores_BKGTS, visible_BTS[:, None, None]).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities_BKGTS, v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def cached_attention(
     q_B1NH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     filled_BS: jax.Array,
     *,
     scale: float | None = None,
@@ -219,29 +226,26 @@ def cached_attention(
 
     Args:
       q_B1NH: its queries.
-      k_BSKH: cached keys, in any order.
-      v_BSKH: cached values.
+      k_BKSH: cached keys, tokens in any order; head by head, as they are read.
+      v_BKSH: cached values.
       filled_BS: bool, which columns of the cache hold a token of the row; no other is looked at.
       scale: factor on the scores; 1 / sqrt(H) by default.
 
     Returns:
       o_B1NH, equal to the last row of `attention` over the tokens in the cache.
     """
-    scale = 1 / math.sqrt(q_B1NH.shape[3]) if scale is None else scale
-    return _softmax_sum(q_B1NH, k_BSKH, v_BSKH, filled_BS[:, None], scale)
-
-
-def _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale):
-    """softmax over the visible keys, in fp32, of one query and kv head after the other."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    B, _, N, H = q_B1NH.shape
+    K = k_BKSH.shape[1]
+    scale = 1 / math.sqrt(H) if scale is None else scale
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    scores_BKGS = scale * jnp.einsum(
+        "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
     )
+    probabilities_BKGS = _softmax(scores_BKGS, filled_BS[:, None, None]).astype(v_BKSH.dtype)
+    o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", probabilities_BKGS, v_BKSH)
+    return o_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
+
+
+def _softmax(scores, visible):
     # The smallest finite number and not -inf: a row without any visible key stays finite.
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, lowest)
-    probabilities_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities_BKGTS, v_BSKH)
-    return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)

@@ -220,6 +220,23 @@ def apply(
     return _logits(config, weights, x_BTD)
 
 
+def for_decoding(weights: Weights) -> Weights:
+    """The weights as `prefill` and `decode` take them: with a list of blocks, which share nothing.
+
+    Cut out of all layers' weights where it is used, a matrix would be copied for every token.
+    """
+    blocks = unstack(weights["blocks"])
+    for block in blocks:
+        # One wide head: where a product sums over two axes, XLA turns the matrix around on CPUs.
+        N, H, D = block["output_NHD"].shape
+        block["output_NHD"] = block["output_NHD"].reshape(1, N * H, D)
+    return weights | {"blocks": blocks}
+
+
+def _one_head(o_BTNH: jax.Array) -> jax.Array:
+    return o_BTNH.reshape(*o_BTNH.shape[:2], 1, -1)
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: of the kv heads alone, rotated.
 
@@ -227,8 +244,8 @@ class Cache(NamedTuple):
     new token has the same column in all rows, whatever its position in its own.
     """
 
-    keys_LBSKH: jax.Array
-    values_LBSKH: jax.Array
+    keys_LBKSH: jax.Array
+    values_LBKSH: jax.Array
     filled_BS: jax.Array
     """Which columns hold a token."""
 
@@ -244,7 +261,7 @@ def prefill(
 
     Args:
       config: the model.
-      weights: in the dtype to compute in, their blocks by layer (`unstack`).
+      weights: in the dtype to compute in, and as `for_decoding` gives them.
       tokens_BT: prompts, each followed by padding, which no token of a prompt sees.
       lengths_B: tokens of each prompt, from 1 to T.
       columns: of the cache, at least T.
@@ -254,10 +271,12 @@ def prefill(
     x_BTD, keys, values = embed(weights, tokens_BT), [], []
     for layer in map(block, weights["blocks"]):
         q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
-        x_BTD = layer.above_attention(x_BTD, attention(q_BTNH, k_BTKH, v_BTKH))
-        keys.append(k_BTKH)
-        values.append(v_BTKH)
-    free = ((0, 0), (0, 0), (0, columns - T), (0, 0), (0, 0))
+        with jax.named_scope("attention"):
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
+        x_BTD = layer.above_attention(x_BTD, _one_head(o_BTNH))
+        keys.append(k_BTKH.swapaxes(1, 2))
+        values.append(v_BTKH.swapaxes(1, 2))
+    free = ((0, 0), (0, 0), (0, 0), (0, columns - T), (0, 0))
     cache = Cache(
         jnp.pad(jnp.stack(keys), free),
         jnp.pad(jnp.stack(values), free),
@@ -279,24 +298,24 @@ def decode(
 
     Args:
       config: the model.
-      weights: in the dtype to compute in, their blocks by layer (`unstack`).
+      weights: in the dtype to compute in, and as `for_decoding` gives them.
       tokens_B: the tokens.
       positions_B: where each stands in its row's text.
       column: where all of them go in the cache.
       cache: of the tokens before; donate it, and it is written in place.
     """
     block, rope = make_block(config), rope_tables(positions_B[:, None], config)
-    keys_LBSKH, values_LBSKH, filled_BS = cache
+    keys_LBKSH, values_LBKSH, filled_BS = cache
     filled_BS = filled_BS.at[:, column].set(True)
     x_B1D = embed(weights, tokens_B[:, None])
     for index, layer in enumerate(map(block, weights["blocks"])):
         q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
-        keys_LBSKH = keys_LBSKH.at[index, :, column].set(k_B1KH[:, 0])
-        values_LBSKH = values_LBSKH.at[index, :, column].set(v_B1KH[:, 0])
+        keys_LBKSH = keys_LBKSH.at[index, :, :, column].set(k_B1KH[:, 0])
+        values_LBKSH = values_LBKSH.at[index, :, :, column].set(v_B1KH[:, 0])
         with jax.named_scope("attention"):
-            o_B1NH = cached_attention(q_B1NH, keys_LBSKH[index], values_LBSKH[index], filled_BS)
-        x_B1D = layer.above_attention(x_B1D, o_B1NH)
-    return _logits(config, weights, x_B1D[:, 0]), Cache(keys_LBSKH, values_LBSKH, filled_BS)
+            o_B1NH = cached_attention(q_B1NH, keys_LBKSH[index], values_LBKSH[index], filled_BS)
+        x_B1D = layer.above_attention(x_B1D, _one_head(o_B1NH))
+    return _logits(config, weights, x_B1D[:, 0]), Cache(keys_LBKSH, values_LBKSH, filled_BS)
 
 
 def unstack(blocks: Weights) -> list[Weights]:
