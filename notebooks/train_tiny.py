@@ -35,7 +35,7 @@ from tinyllama_jax.data.documents import standard_library
 from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer, train_tokenizer
 from tinyllama_jax.inference.evaluate import evaluate, make_score, unigram_entropy
-from tinyllama_jax.inference.generate import generate
+from tinyllama_jax.inference.generate import Sampler, generate
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.step import compute_dtype, init_state, make_step
 
@@ -163,16 +163,10 @@ print(f"unigram entropy  {unigram:.3f} nats per token")
 # Python's documentation, and no sense yet.
 
 # %%
+prompts = [tokenizer.encode(prompt) for prompt in ("Return the", "If the", "The")]
 with jax.set_mesh(mesh):
-    for seed, prompt in enumerate(["Return the", "If the", "The"]):
-        ids = tokenizer.encode(prompt)
-        new = generate(
-            model,
-            state["weights"],
-            ids,
-            max_tokens=model.context - len(ids),
-            eos=EOS,
-            temperature=0.5,
-            seed=seed,
-        )
-        print(tokenizer.decode(ids + new), end="\n\n----\n\n")
+    new = generate(
+        model, state["weights"], prompts, max_tokens=64, sampler=Sampler(temperature=0.5), eos=EOS
+    )
+for prompt, ids in zip(prompts, new, strict=True):
+    print(tokenizer.decode(prompt + ids), end="\n\n----\n\n")

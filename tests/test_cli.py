@@ -146,6 +146,23 @@ def test_generate_prints_ids_alone_or_text(run, capsys):
     tokenizer = load_tokenizer(run / "tokenizer.model")
     assert text.startswith("The") and len(tokenizer.encode(text)) > 1
 
+    # Several prompts, each as alone; and a stop string, up to which the text stays.
+    both = ["generate", run, "--prompt", "The", "--prompt", "A mesh of", "--max-tokens", 6]
+    assert exit_code(both) == 0
+    first, second = capsys.readouterr().out.split("---\n")
+    assert first == text and second.startswith("A mesh of")
+    stop = text.rstrip("\n")[-2:]
+    assert exit_code(["generate", run, "--prompt", "The", "--max-tokens", 6, "--stop", stop]) == 0
+    assert capsys.readouterr().out == text[: text.index(stop, 3)] + "\n"
+
+    # A prompt that fills the context costs one sentence; one that nearly does is told so.
+    assert exit_code(["generate", run, "--prompt", "a " * 100]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "the context of 64" in err and err.count("\n") == 1
+    assert exit_code(["generate", run, "--prompt-ids", *[5] * 61, "--ids"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split()) <= 3 and "The context of 64 holds 3 new tokens" in err
+
 
 def test_a_copied_run_folder_still_generates(run, tmp_path, capsys):
     moved = tmp_path / "moved"

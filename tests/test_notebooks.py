@@ -39,11 +39,26 @@ def check_plan_a_run(text: str):
     assert 60 < low < 90 < high < 100
 
 
+def check_to_pytorch_and_back(text: str):
+    """Both sides give the same texts, and the same numbers but for rounding."""
+    assert text.count("60 of 60 tokens are the same") == 3
+    differences = re.findall(r"largest difference of a (logit|key): (\S+)", text)
+    assert [what for what, _ in differences] == ["logit", "key"]
+    assert all(0 < float(value) < 1e-4 for _, value in differences)
+
+
 # Name -> (what holds of its text, number of pictures).
-SHOWN = {"train_tiny": (check_train_tiny, 1), "plan_a_run": (check_plan_a_run, 3)}
+SHOWN = {
+    "train_tiny": (check_train_tiny, 1),
+    "plan_a_run": (check_plan_a_run, 3),
+    "to_pytorch_and_back": (check_to_pytorch_and_back, 2),
+}
+NEEDS_TORCH = {"to_pytorch_and_back"}
 
 
-@pytest.fixture(params=SHOWN)
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.torch] * (n in NEEDS_TORCH)) for n in SHOWN]
+)
 def name(request):
     return request.param
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -319,51 +319,66 @@ def generate(
     path: Positional[Path],
     /,
     *,
-    prompt: str | None = None,
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     prompt_ids: tuple[int, ...] = (),
     max_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: int = 0,
     ids: bool = False,
 ) -> int:
-    """Continue a prompt with a trained model.
+    """Continue prompts with a trained model.
 
     Args:
       path: A run folder, or a Hugging Face folder.
-      prompt: Text to continue.
+      prompt: Text to continue; give it several times for several texts, which are made together.
       prompt_ids: Token ids to continue, instead of text.
-      max_tokens: New tokens at most.
+      max_tokens: New tokens of a text at most.
       temperature: 0 takes the likeliest token each time.
-      seed: Of the samples at a temperature above 0.
-      ids: Print the new ids alone, on one line.
+      top_k: Sample from the k likeliest tokens alone; 0: from all.
+      top_p: Sample from the likeliest tokens that together have this probability.
+      stop: Ends a text before this string; may be given several times.
+      seed: Of the samples at a temperature above 0; each further prompt takes the next number.
+      ids: Print the new ids alone, a line for each prompt.
     """
     from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
     from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.inference.generate import Sampler, stream
     from tinyllama_jax.inference.generate import generate as continue_ids
+    from tinyllama_jax.inference.text import as_they_come, make_stop
 
-    require(
-        (prompt is None) != (not prompt_ids),
-        "Give either --prompt TEXT or --prompt-ids 1 5 9.",
-    )
+    require(bool(prompt) != bool(prompt_ids), "Give either --prompt TEXT or --prompt-ids 1 5 9.")
+    require(all(stop), "--stop is empty: give a string, or leave it out.")
+    sampler = Sampler(temperature, top_k, top_p)
     if huggingface.is_hf_folder(path):
         config, weights = huggingface.load(path)
     else:
         config, weights = open_run(path, None)
-    model = path / "tokenizer.model"
-    start = list(prompt_ids) if prompt is None else load_tokenizer(model).encode(prompt)
-    new = continue_ids(
-        config,
-        weights,
-        start,
+    # Ids alone need none.
+    tokenizer = load_tokenizer(path / "tokenizer.model") if prompt or stop or not ids else None
+    prompts = [tokenizer.encode(text) for text in prompt] if tokenizer else []
+    prompts = prompts or [list(prompt_ids)]
+    for start in prompts:
+        if 0 < config.context - len(start) < max_tokens:
+            room = config.context - len(start)
+            print(f"The context of {config.context} holds {room} new tokens.", file=sys.stderr)
+    options: dict[str, Any] = dict(
         max_tokens=max_tokens,
-        eos=EOS,
-        temperature=temperature,
+        sampler=sampler,
         seed=seed,
+        eos=EOS,
+        stop=make_stop(tokenizer, stop) if tokenizer else None,
     )
     if ids:
-        print(*new)
+        for new in continue_ids(config, weights, prompts, **options):
+            print(*new)
     else:
-        print(load_tokenizer(model).decode(start + new))
+        assert tokenizer
+        chunks = stream(config, weights, prompts, **options)
+        for part in as_they_come(tokenizer, prompts, chunks, stop):
+            print(part, end="", flush=True)
     return DONE
 
 

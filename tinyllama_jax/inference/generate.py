@@ -1,73 +1,272 @@
-"""Text from a trained model."""
+"""Token ids from a trained model: prompts, each of any length, and what follows them.
 
+A call runs two programs. One reads all prompts at once and leaves a cache of keys and values; the
+other is a loop that adds a token to each row, `CHUNK` tokens a call, so that the host can look at
+them. The size of the cache is fixed at the start, so neither is compiled again as texts grow.
+
+Shapes: B rows, T tokens of the longest prompt and its padding, C = CHUNK, V vocabulary.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import LlamaConfig, require
 from tinyllama_jax.model import llama
+
+CHUNK = 8  # new tokens of a row between two looks at them
+SMALLEST = 32  # sizes are powers of two from here on, so that few programs serve all lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How the next token is chosen; filters apply in this order, as in transformers."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token, else samples from softmax(logits / temperature)."""
+    top_k: int = 0
+    """Only the k likeliest tokens, and all as likely as the last of them; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability (Holtzman et al. 2019)."""
+
+    def __post_init__(self):
+        require(self.temperature >= 0, "--temperature must not be negative.")
+        require(self.top_k >= 0, "--top-k must not be negative.")
+        require(0 < self.top_p <= 1, "--top-p must be above 0, and 1 at most.")
+
+
+GREEDY = Sampler()
 
 
 def generate(
     config: LlamaConfig,
     weights: llama.Weights,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    eos: int | None,
-    temperature: float = 0.0,
+    sampler: Sampler = GREEDY,
     seed: int = 0,
-) -> list[int]:
-    """Continues a prompt.
+    eos: int | None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Continues prompts: each as if it were alone, but for rounding.
 
     Args:
       config: the model.
       weights: in the dtype to compute in.
-      prompt: ids, at least one.
-      max_tokens: new tokens at most.
-      eos: ends the text and is not returned; None: never ends early.
-      temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
-      seed: of the samples.
+      prompts: ids, at least one each.
+      max_tokens: new tokens of a row at most; fewer where its text fills the context.
+      sampler: how tokens are chosen.
+      seed: of the samples. A token hangs on the seed plus the index of its row, and on its position
+        in the text: row i is what its prompt gives alone with `seed + i`.
+      eos: ends a row and is not returned; None: never ends one early.
+      stop: asked with the new ids of a row after each of them; True ends the row there.
 
     Returns:
-      The new ids.
+      The new ids of each row.
 
     Raises:
-      UserError: an empty prompt, an id outside the vocabulary, or more tokens than the context.
+      UserError: an empty prompt, an id outside the vocabulary, or a prompt that fills the context.
     """
-    require(len(prompt) > 0, "The prompt is empty: give at least one token.")
+    rows = [[] for _ in prompts]
+    chunks = stream(
+        config,
+        weights,
+        prompts,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        seed=seed,
+        eos=eos,
+        stop=stop,
+    )
+    for new in chunks:
+        for row, ids in zip(rows, new, strict=True):
+            row += ids
+    return rows
+
+
+def stream(
+    config: LlamaConfig,
+    weights: llama.Weights,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampler: Sampler = GREEDY,
+    seed: int = 0,
+    eos: int | None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> Iterator[list[list[int]]]:
+    """As `generate`, but yields the ids as they come: those of each row since the last time."""
     require(max_tokens > 0, "--max-tokens must be above 0.")
-    require(temperature >= 0, "--temperature must not be negative.")
+    require(0 <= seed < 2**32, f"--seed must lie between 0 and {2**32 - 1}.")
+    for prompt in prompts:
+        _check(config, prompt)
+    if not prompts:
+        return
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    limits_B = np.minimum(max_tokens, config.context - lengths_B)
+    tokens_BT = np.zeros((len(prompts), _size(max(lengths_B))), np.int32)
+    for tokens_T, prompt in zip(tokens_BT, prompts, strict=True):
+        tokens_T[: len(prompt)] = prompt
+    columns = _size(tokens_BT.shape[1] + max(limits_B) - 1)  # nobody reads the last token
+    seeds_B = (seed + np.arange(len(prompts))).astype(np.uint32)
+    # With their types: a program is compiled for each of them.
+    how = (
+        seeds_B,
+        np.float32(sampler.temperature),
+        np.int32(sampler.top_k),
+        np.float32(sampler.top_p),
+    )
+    end = np.int32(-1 if eos is None else eos)
+
+    weights = _for_decoding(weights)
+    texts = _begin(config, columns, weights, tokens_BT, lengths_B, how)
+    new_BC, new = np.asarray(texts.newest_B)[:, None], 1
+    rows, open_B = [[] for _ in prompts], np.ones(len(prompts), bool)
+    while True:
+        before = [len(row) for row in rows]
+        for index, ids_C in enumerate(np.asarray(new_BC)[:, :new].tolist()):
+            if open_B[index]:
+                open_B[index] = _extend(rows[index], ids_C, limits_B[index], eos, stop)
+        yield [row[start:] for row, start in zip(rows, before, strict=True)]
+        if not open_B.any():
+            return
+        new = min(CHUNK, max(limits_B[i] - len(rows[i]) for i in np.flatnonzero(open_B)))
+        new_BC, texts = _go_on(config, weights, texts, open_B, np.int32(new), end, how)
+
+
+def _check(config: LlamaConfig, prompt: Sequence[int]) -> None:
+    require(len(prompt) > 0, "The prompt is empty: give at least one token.")
     outside = [token for token in prompt if not 0 <= token < config.vocab_size]
     require(
         not outside,
         f"The prompt holds the token id {outside[:1]}, outside the vocabulary of "
         f"{config.vocab_size}.",
     )
-    length = len(prompt)
     require(
-        length + max_tokens <= config.context,
-        f"A prompt of {length} tokens and {max_tokens} new ones pass the context of "
-        f"{config.context}: shorten the prompt or lower --max-tokens.",
+        len(prompt) < config.context,
+        f"The prompt has {len(prompt)} tokens, and the context of {config.context} must hold a "
+        "new one too: shorten the prompt.",
     )
-    tokens_T = np.zeros(config.context, np.int32)
-    tokens_T[:length] = prompt
-    key = jax.random.key(seed)
-    for position in range(length, length + max_tokens):
-        # The whole buffer each time: one program for every length, causal, so the rest is unseen.
-        token = int(_next_token(config, weights, tokens_T, position, temperature, key))
+
+
+def _size(least: int) -> int:
+    """The smallest size of `SMALLEST` times a power of two that is `least` or more."""
+    return SMALLEST << max(0, math.ceil(math.log2(least / SMALLEST)))
+
+
+def _extend(
+    row: list[int],
+    ids: Sequence[int],
+    limit: int,
+    eos: int | None,
+    stop: Callable[[list[int]], bool] | None,
+) -> bool:
+    """Adds ids to a row, up to where it ends; says whether it goes on after them."""
+    for token in ids:
         if token == eos:
-            return tokens_T[length:position].tolist()
-        tokens_T[position] = token
-    return tokens_T[length : length + max_tokens].tolist()
+            return False
+        row.append(token)
+        if (stop is not None and stop(row)) or len(row) == limit:
+            return False
+    return True
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next_token(config, weights, tokens_T, position, temperature, key):
-    logits_V = llama.apply(config, weights, tokens_T[None])[0, position - 1].astype(jnp.float32)
-    noise_V = jax.random.gumbel(jax.random.fold_in(key, position), logits_V.shape)
-    # argmax(logits + t * Gumbel noise) samples from softmax(logits / t), and is greedy at t = 0.
-    return jnp.argmax(logits_V + temperature * noise_V)
+_for_decoding = jax.jit(llama.for_decoding)
+
+
+class _Texts(NamedTuple):
+    """Where the rows are, on the device."""
+
+    newest_B: jax.Array
+    """Tokens that the model has not read yet."""
+    positions_B: jax.Array
+    """Where they stand in their texts."""
+    column: jax.Array
+    """Where they go in the cache."""
+    cache: llama.Cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(config, columns, weights, tokens_BT, lengths_B, how) -> _Texts:
+    """Reads the prompts and chooses the first token of each row."""
+    logits_BV, cache = llama.prefill(config, weights, tokens_BT, lengths_B, columns)
+    newest_B = _choose(logits_BV, lengths_B, *how)
+    return _everywhere(_Texts(newest_B, lengths_B, jnp.int32(tokens_BT.shape[1]), cache))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="texts")
+def _go_on(config, weights, texts, open_B, steps, end, how) -> tuple[jax.Array, _Texts]:
+    """Up to `steps` more tokens of each row, (B, C), until none of the open ones goes on."""
+
+    def goes_on(state):
+        step, _, open_B, _ = state
+        return (step < steps) & jnp.any(open_B)
+
+    def add_token(state):
+        step, new_BC, open_B, texts = state
+        logits_BV, cache = llama.decode(config, weights, *texts)
+        positions_B = texts.positions_B + 1
+        newest_B = _choose(logits_BV, positions_B, *how)
+        new_BC = new_BC.at[:, step].set(newest_B)
+        texts = _Texts(newest_B, positions_B, texts.column + 1, cache)
+        return step + 1, new_BC, open_B & (newest_B != end), texts
+
+    new_BC = jnp.zeros((len(open_B), CHUNK), jnp.int32)
+    _, new_BC, _, texts = jax.lax.while_loop(goes_on, add_token, (0, new_BC, open_B, texts))
+    return _everywhere((new_BC, texts))
+
+
+def _everywhere(tree):
+    """Whole on every device, where the weights are in parts: each process reads the new tokens."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, P())
+
+
+def _choose(logits_BV, positions_B, seeds_B, temperature, top_k, top_p) -> jax.Array:
+    """The token of each row for its position, int32; one program for all samplers."""
+    logits_BV = logits_BV.astype(jnp.float32)
+
+    def sample():
+        filtered = (top_k > 0) | (top_p < 1)
+        kept_BV = jax.lax.cond(
+            filtered,
+            lambda: filter_logits(logits_BV / temperature, top_k, top_p),
+            lambda: logits_BV / temperature,
+        )
+        keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), positions_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+        # The argmax of logits and Gumbel noise is a sample from their softmax.
+        return jnp.argmax(kept_BV + noise_BV, axis=-1)
+
+    def greedy():
+        return jnp.argmax(logits_BV, axis=-1)
+
+    return jax.lax.cond(temperature > 0, sample, greedy).astype(jnp.int32)
+
+
+def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The logits with -inf for every token that a `Sampler` never takes.
+
+    `top_p` counts the probabilities that `top_k` leaves. Tokens as likely as the last one that is
+    kept are kept too.
+    """
+    V = logits_BV.shape[-1]
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    ranks_V = jnp.arange(V)
+    sorted_BV = jnp.where(ranks_V < jnp.where(top_k > 0, top_k, V), sorted_BV, -jnp.inf)
+    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    likelier_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+    taken_BV = (likelier_BV < top_p) | (top_p >= 1)
+    least_B1 = jnp.min(
+        sorted_BV, axis=-1, keepdims=True, initial=jnp.inf, where=taken_BV & jnp.isfinite(sorted_BV)
+    )
+    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

@@ -204,47 +204,48 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
         visible_BTS &= jnp.tri(T, dtype=bool)
     if segment_ids_BT is not None:
         visible_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale)
-
-
-def cached_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    lengths_B: jax.Array,
-    *,
-    scale: float | None = None,
-) -> jax.Array:
-    """Attention of the T newest tokens over a cache that holds them, for decoding.
-
-    Args:
-      q_BTNH: queries of the tokens at positions lengths - T to lengths - 1.
-      k_BSKH: cached keys; those at `lengths` and after are not looked at.
-      v_BSKH: cached values.
-      lengths_B: tokens in the cache, the newest included, from T to S.
-      scale: factor on the scores; 1 / sqrt(H) by default.
-
-    Returns:
-      o_BTNH, equal to the last T rows of `attention` over the cached tokens.
-    """
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    positions_BT = lengths_B[:, None] - T + jnp.arange(T)
-    visible_BTS = jnp.arange(S) <= positions_BT[:, :, None]
-    scale = 1 / math.sqrt(q_BTNH.shape[3]) if scale is None else scale
-    return _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale)
-
-
-def _softmax_sum(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale):
-    """softmax over the visible keys, in fp32, of one query and kv head after the other."""
-    B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = scale * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
-    # The smallest finite number and not -inf: a row without any visible key stays finite.
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, lowest)
-    probabilities_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    probabilities_BKGTS = _softmax(scores_BKGTS, visible_BTS[:, None, None]).astype(v_BSKH.dtype)
     o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities_BKGTS, v_BSKH)
     return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def cached_attention(
+    q_B1NH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    filled_BS: jax.Array,
+    *,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attention of the newest token of each row over a cache that holds it, for decoding.
+
+    Args:
+      q_B1NH: its queries.
+      k_BKSH: cached keys, tokens in any order; head by head, as they are read.
+      v_BKSH: cached values.
+      filled_BS: bool, which columns of the cache hold a token of the row; no other is looked at.
+      scale: factor on the scores; 1 / sqrt(H) by default.
+
+    Returns:
+      o_B1NH, equal to the last row of `attention` over the tokens in the cache.
+    """
+    B, _, N, H = q_B1NH.shape
+    K = k_BKSH.shape[1]
+    scale = 1 / math.sqrt(H) if scale is None else scale
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    scores_BKGS = scale * jnp.einsum(
+        "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    probabilities_BKGS = _softmax(scores_BKGS, filled_BS[:, None, None]).astype(v_BKSH.dtype)
+    o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", probabilities_BKGS, v_BKSH)
+    return o_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
+
+
+def _softmax(scores, visible):
+    # The smallest finite number and not -inf: a row without any visible key stays finite.
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)

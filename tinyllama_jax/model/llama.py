@@ -1,12 +1,14 @@
 """The Llama 2 decoder as Flax NNX modules: RoPE, RMSNorm, SwiGLU, grouped-query attention.
 
-Shapes: B batch, T tokens, D width, N query heads, K kv heads, H head width, F SwiGLU width,
-V vocabulary, L layers. Weights are named and shaped for what they multiply: `query_DNH`.
+Shapes: B batch, T tokens, S columns of a cache, D width, N query heads, K kv heads, H head width,
+F SwiGLU width, V vocabulary, L layers. Weights are named and shaped for what they multiply:
+`query_DNH`.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
-from tinyllama_jax.model.attention import attention
+from tinyllama_jax.model.attention import attention, cached_attention
 from tinyllama_jax.model.loss import next_token_loss
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
@@ -82,14 +84,8 @@ class Block(nnx.Module):
         self.down_FD = normal(out, F, D)
 
     def __call__(self, x_BTD, rope, segment_ids_BT, attention_backend):
+        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, rope)
         with jax.named_scope("attention"):
-            h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
-            # One product for the three, or the backward pass would add up three gradients of h.
-            heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-            qkv_BTMH = jnp.einsum("BTD,DMH->BTMH", h_BTD, jnp.concatenate(heads, axis=1))
-            N, K = self.config.query_heads, self.config.kv_heads
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
-            q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
             o_BTNH = attention(
                 checkpoint_name(q_BTNH, "query"),
                 checkpoint_name(k_BTKH, "key"),
@@ -97,6 +93,22 @@ class Block(nnx.Module):
                 segment_ids=segment_ids_BT,
                 backend=attention_backend,
             )
+        return self.above_attention(x_BTD, o_BTNH)
+
+    def heads(self, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, rotated; what attention and a cache of it are made of."""
+        with jax.named_scope("attention"):
+            h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
+            # One product for the three, or the backward pass would add up three gradients of h.
+            heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
+            qkv_BTMH = jnp.einsum("BTD,DMH->BTMH", h_BTD, jnp.concatenate(heads, axis=1))
+            N, K = self.config.query_heads, self.config.kv_heads
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
+            return rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
+
+    def above_attention(self, x_BTD, o_BTNH) -> jax.Array:
+        """The residual stream above the block, from that below it and what attention gave."""
+        with jax.named_scope("attention"):
             x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.output_NHD[...])
             x_BTD = checkpoint_name(x_BTD, "middle")
         with jax.named_scope("swiglu"):
@@ -158,18 +170,23 @@ def make_layer(
     It keeps for its backward pass what `execution.recompute` allows. The rest is computed again,
     which a scan holds apart from the first time; outside of one (`in_scan`) it is said.
     """
-    rope = rope_tables(positions(T, segment_ids_BT), config)
-    definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    rope, block = rope_tables(positions(T, segment_ids_BT), config), make_block(config)
 
     def layer(x_BTD, weights):
         weights = {name: gather(name, w) for name, w in weights.items()}
-        return nnx.merge(definition, weights)(x_BTD, rope, segment_ids_BT, execution.attention)
+        return block(weights)(x_BTD, rope, segment_ids_BT, execution.attention)
 
     if execution.recompute == "nothing":
         return layer
     kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
+
+
+def make_block(config: LlamaConfig) -> Callable[[Weights], Block]:
+    """`block(weights of one block) -> Block`."""
+    definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    return functools.partial(nnx.merge, definition)
 
 
 def init_std(config: LlamaConfig) -> float:
@@ -211,8 +228,111 @@ def apply(
       execution: how.
     """
     x_BTD = _merged(config, weights).hidden(tokens_BT, segment_ids_BT, execution, whole)
-    with jax.named_scope("head"):
-        return rms_norm(x_BTD, weights["norm_D"], config.norm_eps) @ weights["head_DV"]
+    return _logits(config, weights, x_BTD)
+
+
+def for_decoding(weights: Weights) -> Weights:
+    """The weights as `prefill` and `decode` take them: with a list of blocks, which share nothing.
+
+    Cut out of all layers' weights where it is used, a matrix would be copied for every token.
+    """
+    blocks = unstack(weights["blocks"])
+    for block in blocks:
+        # One wide head: where a product sums over two axes, XLA turns the matrix around on CPUs.
+        N, H, D = block["output_NHD"].shape
+        block["output_NHD"] = block["output_NHD"].reshape(1, N * H, D)
+    return weights | {"blocks": blocks}
+
+
+def _one_head(o_BTNH: jax.Array) -> jax.Array:
+    return o_BTNH.reshape(*o_BTNH.shape[:2], 1, -1)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: of the kv heads alone, rotated.
+
+    The columns of a row hold its prompt, padding up to the longest one, and its new tokens. So a
+    new token has the same column in all rows, whatever its position in its own.
+    """
+
+    keys_LBKSH: jax.Array
+    values_LBKSH: jax.Array
+    filled_BS: jax.Array
+    """Which columns hold a token."""
+
+
+def prefill(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    columns: int,
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after the last token of each prompt, and a cache with room for more.
+
+    Args:
+      config: the model.
+      weights: in the dtype to compute in, and as `for_decoding` gives them.
+      tokens_BT: prompts, each followed by padding, which no token of a prompt sees.
+      lengths_B: tokens of each prompt, from 1 to T.
+      columns: of the cache, at least T.
+    """
+    B, T = tokens_BT.shape
+    block, rope = make_block(config), rope_tables(jnp.arange(T)[None], config)
+    x_BTD, keys, values = embed(weights, tokens_BT), [], []
+    for layer in map(block, weights["blocks"]):
+        q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
+        with jax.named_scope("attention"):
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
+        x_BTD = layer.above_attention(x_BTD, _one_head(o_BTNH))
+        keys.append(k_BTKH.swapaxes(1, 2))
+        values.append(v_BTKH.swapaxes(1, 2))
+    free = ((0, 0), (0, 0), (0, 0), (0, columns - T), (0, 0))
+    cache = Cache(
+        jnp.pad(jnp.stack(keys), free),
+        jnp.pad(jnp.stack(values), free),
+        jnp.arange(columns) < lengths_B[:, None],
+    )
+    # Of the other positions nobody wants the logits, which are V wide.
+    return _logits(config, weights, x_BTD[jnp.arange(B), lengths_B - 1]), cache
+
+
+def decode(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    column: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after one more token of each row, and the cache with it.
+
+    Args:
+      config: the model.
+      weights: in the dtype to compute in, and as `for_decoding` gives them.
+      tokens_B: the tokens.
+      positions_B: where each stands in its row's text.
+      column: where all of them go in the cache.
+      cache: of the tokens before; donate it, and it is written in place.
+    """
+    block, rope = make_block(config), rope_tables(positions_B[:, None], config)
+    keys_LBKSH, values_LBKSH, filled_BS = cache
+    filled_BS = filled_BS.at[:, column].set(True)
+    x_B1D = embed(weights, tokens_B[:, None])
+    for index, layer in enumerate(map(block, weights["blocks"])):
+        q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
+        keys_LBKSH = keys_LBKSH.at[index, :, :, column].set(k_B1KH[:, 0])
+        values_LBKSH = values_LBKSH.at[index, :, :, column].set(v_B1KH[:, 0])
+        with jax.named_scope("attention"):
+            o_B1NH = cached_attention(q_B1NH, keys_LBKSH[index], values_LBKSH[index], filled_BS)
+        x_B1D = layer.above_attention(x_B1D, _one_head(o_B1NH))
+    return _logits(config, weights, x_B1D[:, 0]), Cache(keys_LBKSH, values_LBKSH, filled_BS)
+
+
+def unstack(blocks: Weights) -> list[Weights]:
+    """The weights of each block, from those with a leading layer axis."""
+    layers = zip(*map(jnp.unstack, blocks.values()), strict=True)
+    return [dict(zip(blocks, layer, strict=True)) for layer in layers]
 
 
 def loss(
@@ -248,6 +368,12 @@ def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_B
         x_BTD = rms_norm(x_BTD, gather("norm_D", weights["norm_D"]), config.norm_eps)
         head_DV = gather("head_DV", weights["head_DV"])
         return next_token_loss(x_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+
+
+def _logits(config: LlamaConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    """Of any positions, (..., V), from the residual stream above the last block."""
+    with jax.named_scope("head"):
+        return rms_norm(x, weights["norm_D"], config.norm_eps) @ weights["head_DV"]
 
 
 def _merged(config: LlamaConfig, weights: Weights) -> Llama:

@@ -174,8 +174,7 @@ def _identity(bucket: Bucket) -> Bucket:
 
 def _split(weights: Weights) -> list[Bucket]:
     """The embedding, each layer, and what stands above them."""
-    blocks = {name: jnp.unstack(w_L) for name, w_L in weights["blocks"].items()}
-    layers = [dict(zip(blocks, layer, strict=True)) for layer in zip(*blocks.values(), strict=True)]
+    layers = llama.unstack(weights["blocks"])
     above = {name: w for name, w in weights.items() if name not in ("blocks", "embedding_VD")}
     return [{"embedding_VD": weights["embedding_VD"]}, *layers, above]
 

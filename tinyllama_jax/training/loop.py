@@ -29,7 +29,7 @@ from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
 from tinyllama_jax.inference import evaluate
-from tinyllama_jax.inference.generate import generate
+from tinyllama_jax.inference.generate import Sampler, generate
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
@@ -388,19 +388,17 @@ def _line(values: dict[str, float]) -> str:
 def _sample(config, state, tokenizer, dtype, folder: Path, step: int, terminal: Terminal) -> None:
     """Lets the model continue the config's prompts and keeps what it says."""
     weights = jax.tree.map(lambda w: w.astype(dtype), state["weights"])
-    texts = []
-    for index, prompt in enumerate(config.sample.prompts):
-        ids = tokenizer.encode(prompt)
-        new = generate(
-            config.model,
-            weights,
-            ids,
-            max_tokens=min(config.sample.max_tokens, config.model.context - len(ids)),
-            eos=EOS,
-            temperature=config.sample.temperature,
-            seed=config.seed + index,
-        )
-        texts.append(tokenizer.decode(ids + new))
+    prompts = [tokenizer.encode(prompt) for prompt in config.sample.prompts]
+    new = generate(
+        config.model,
+        weights,
+        prompts,
+        max_tokens=config.sample.max_tokens,
+        sampler=Sampler(config.sample.temperature),
+        seed=config.seed,
+        eos=EOS,
+    )
+    texts = [tokenizer.decode(start + ids) for start, ids in zip(prompts, new, strict=True)]
     if not processes.is_first():
         return
     (folder / "samples").mkdir(exist_ok=True)
