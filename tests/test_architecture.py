@@ -11,12 +11,13 @@ FILES = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # What each floor may import, itself included. training/ stands on top, config.py below all.
 MAY_IMPORT = {
     "config": set(),
+    "config_file": {"config"},
     "data": {"config", "data"},
     "model": {"config", "model"},
-    "runtime": {"config", "runtime", "data", "model"},
+    "runtime": {"config", "config_file", "runtime", "data", "model"},
     "inference": {"config", "runtime", "data", "model", "inference"},
-    "training": {"config", "runtime", "data", "model", "inference", "training"},
-    "cli": {"config", "runtime", "data", "model", "inference", "training"},
+    "training": {"config", "config_file", "runtime", "data", "model", "inference", "training"},
+    "cli": {"config", "config_file", "runtime", "data", "model", "inference", "training"},
     "__init__": set(),
 }
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 
-from tinyllama_jax.config import load_config
+from tinyllama_jax.config_file import load_config
 from tinyllama_jax.runtime.compiler import GPU_OPTIONS, compiler_options, is_known
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.targets import A100_40G, absent_devices

@@ -20,10 +20,9 @@ from tinyllama_jax.config import (
     StageConfig,
     UserError,
     differences,
-    load_config,
-    model_of_run,
     to_json,
 )
+from tinyllama_jax.config_file import load_config, model_of_run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_loop import config_file
 
 from tinyllama_jax.cli import main
-from tinyllama_jax.config import TINYLLAMA_120M, ExecutionConfig, UserError, load_config
+from tinyllama_jax.config import TINYLLAMA_120M, ExecutionConfig, UserError
+from tinyllama_jax.config_file import load_config
 from tinyllama_jax.runtime import targets
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.targets import (

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax.config import LlamaConfig, load_config
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.config_file import load_config
 from tinyllama_jax.data.mixture import make_mixture
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -179,7 +179,7 @@ def test_a_run_goes_on_after_its_source_was_deleted(config, mesh, source, monkey
 
 
 def test_the_config_of_code_8k_begins_with_the_3t_run():
-    from tinyllama_jax.config import load_config
+    from tinyllama_jax.config_file import load_config
 
     configs = Path(__file__).parent.parent / "configs"
     base = load_config(str(configs / "tinyllama_1b.py"))

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from tinyllama_jax.config import Config, Launch, UserError, load_config, model_of_run, require
+from tinyllama_jax.config import Config, Launch, UserError, require
+from tinyllama_jax.config_file import load_config, model_of_run
 
 # 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
 DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75

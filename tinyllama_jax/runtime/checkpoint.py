@@ -27,10 +27,10 @@ from tinyllama_jax.config import (
     CheckpointConfig,
     UserError,
     make_folder,
-    model_of_run,
     require,
     write_aside,
 )
+from tinyllama_jax.config_file import model_of_run
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.mesh import named_leaves
 

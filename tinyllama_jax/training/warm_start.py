@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyllama_jax.config import Config, LlamaConfig, model_of_run, require
+from tinyllama_jax.config import Config, LlamaConfig, require
+from tinyllama_jax.config_file import model_of_run
 from tinyllama_jax.data.tokenizer import file_sha256
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.runtime import processes

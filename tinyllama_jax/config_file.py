@@ -1,0 +1,61 @@
+"""Configs on disk: the files of configs/, and the config.json of a run."""
+
+import json
+import runpy
+import traceback
+from pathlib import Path
+
+from tinyllama_jax.config import Config, LlamaConfig, UserError, require
+
+
+def load_config(path: str) -> Config:
+    """Runs a config file and returns what its `get_config()` gives, or the variant's function.
+
+    Args:
+      path: `FILE`, or `FILE:FUNCTION` for a variant.
+
+    Raises:
+      UserError: no such file, one that does not run, or no such function in it.
+    """
+    name = "get_config"
+    if not Path(path).is_file() and ":" in path:
+        path, _, name = path.rpartition(":")
+    require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
+    try:
+        get_config = runpy.run_path(path).get(name)
+        if not callable(get_config):
+            raise UserError(f"{path} defines no {name}() -> Config.")
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever its author's mistake raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        line = f" line {lines[-1]}" if lines and lines[-1] else ""
+        raise UserError(
+            f"{path}{line} is no proper config ({type(error).__name__}: {error}): mend it, or "
+            "begin with a copy of one in configs/."
+        ) from error
+    if not isinstance(config, Config):
+        raise UserError(f"{name}() of {path} gives no Config, but {config!r}.")
+    return config
+
+
+def model_of_run(run: Path) -> LlamaConfig:
+    """The model of the run in a folder.
+
+    Raises:
+      UserError: no run there, or its config.json is damaged.
+    """
+    require(
+        (run / "config.json").is_file(),
+        f"{run} is no run: give a folder that `tinyllama train` wrote.",
+    )
+    try:
+        return LlamaConfig(**json.loads((run / "config.json").read_text())["model"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{run / 'config.json'} is damaged: the command that trained the run writes it anew."
+        ) from None
