@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S = T + 1.
 
 import difflib
 import functools
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ["DISABLE_MULTIPROC"] = "1"
 try:
-    import lm_eval
+    import lm_eval.api.task
     from datasets.config import HF_CACHE_HOME
     from datasets.exceptions import DatasetNotFoundError
     from lm_eval.api.model import TemplateLM
@@ -47,7 +48,11 @@ except ImportError as error:
         f"Tasks need lm-evaluation-harness ({error}): pip install 'tinyllama-jax[eval]'."
     ) from error
 
+# Its bar for each task's prompts is gone in a blink, and would stand between the lines of a run.
+lm_eval.api.task.tqdm = functools.partial(lm_eval.api.task.tqdm, disable=True)
+
 BATCH_TOKENS = 4096  # of a device at once, padding included
+PROMPTS = 16  # that are continued at once
 SHORTEST = 32  # tokens of the shortest rows; longer ones double up to the context
 MAX_NEW_TOKENS = 256  # of a task that does not say, as of lm-eval's `hf`
 BOOTSTRAP = 1000  # draws for the standard errors that have no formula
@@ -179,22 +184,41 @@ class TinyLlamaLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
-        texts = []
-        for request in self._bar(requests, "generating"):
-            context, settings = request.args
-            settings = _settings(settings)
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        alike = defaultdict(list)
+        for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+            alike[json.dumps(requests[index].args[1], sort_keys=True)].append(index)
+        batches = [
+            (_settings(json.loads(key)), indices[at : at + PROMPTS])
+            for key, indices in alike.items()
+            for at in range(0, len(indices), PROMPTS)
+        ]
+        texts = [""] * len(requests)
+        for settings, indices in self._bar(batches, "generating"):
+            ends = [end for end in settings["until"] if end] + [self._tokenizer.id_to_piece(EOS)]
             # Too long: cut on the left, so that all new tokens have room.
             room = self._model.context - settings["max_gen_toks"]
-            new = generate(
+            new = _generate(
                 self._model,
                 weights,
-                self.tok_encode(context)[-room:] or [self.prefix_token_id],
+                [prompts[index][-room:] or [self.prefix_token_id] for index in indices],
                 max_tokens=settings["max_gen_toks"],
                 eos=EOS,
+                stop=lambda ids, ends=ends: any(end in self._tokenizer.decode(ids) for end in ends),
             )
-            ends = [*settings["until"], self._tokenizer.id_to_piece(EOS)]
-            texts.append(postprocess_generated_text(self._tokenizer.decode(new), ends, None))
+            for index, ids in zip(indices, new, strict=True):
+                texts[index] = postprocess_generated_text(self._tokenizer.decode(ids), ends, None)
         return texts
+
+
+def _generate(model, weights, prompts, *, max_tokens, eos, stop) -> list[list[int]]:
+    """The new ids of each prompt, up to where `stop` is first true of them."""
+    rows = []
+    for prompt in prompts:
+        ids = generate(model, weights, prompt, max_tokens=max_tokens, eos=eos)
+        ends = (count for count in range(1, len(ids)) if stop(ids[:count]))
+        rows.append(ids[: next(ends, len(ids))])
+    return rows
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,7 +320,10 @@ def load_tasks(
     for name in names:
         suite = SUITES.get(name)
         shots |= {c.task: c.shots for c in suite.columns} if suite else {name: None}
-    manager = _task_manager(include_path)
+    require(len(shots) > 0, f"Name a task, or one of {', '.join(SUITES)}.")
+    manager = _task_manager(include_path, include_path is None)
+    if any(name not in manager.all_subtasks for name in shots):
+        manager = _task_manager(include_path, True)
     known = manager.task_index
     for name in shots:
         if name in known:
@@ -324,9 +351,10 @@ def load_tasks(
 
 
 @functools.cache
-def _task_manager(include_path: Path | None) -> TaskManager:
-    """lm-eval's index of all task files, which takes it seconds to build."""
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+def _task_manager(include_path: Path | None, include_defaults: bool) -> TaskManager:
+    """lm-eval's index of task files; of its own, more than ten thousand, that takes seconds."""
+    own = None if include_path is None else str(include_path)
+    return TaskManager(include_path=own, include_defaults=include_defaults)
 
 
 def _load(manager: TaskManager, name: str) -> Mapping[str, Any]:
