@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -210,3 +212,10 @@ def test_what_cannot_be_asked_is_told_in_one_sentence(own_tasks, names, words):
 def test_an_own_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="There is no folder"):
         harness.load_tasks(["hellaswag"], SMALL, tmp_path / "nowhere")
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, harness.__name__)
+    with pytest.raises(UserError, match=r"pip install 'tinyllama-jax\[eval\]'"):
+        importlib.import_module(harness.__name__)

@@ -26,13 +26,13 @@ def test_a_model_stands_below_the_published_ones_and_the_rest_apart():
         for i, column in enumerate(columns)
     }
     found["lambada"] = {"perplexity": 12.5}
-    console = Console(width=100)
+    console = Console(width=80)
     with console.capture() as capture:
-        console.print(scores.render("runs/x@9", found, ["commonsense", "lambada"], None))
+        console.print(scores.render("step 9", found, ["commonsense", "lambada"], None))
     lines = [line.split() for line in capture.get().splitlines()]
     wanted = [f"{30 + i:.2f}" for i in range(7)]
-    assert ["runs/x@9", *wanted, "33.00"] in lines
-    assert lines.index(["runs/x@9", *wanted, "33.00"]) > lines.index(["OPT-1.3B", "51.44"])
+    assert ["step", "9", *wanted, "33.00"] in lines
+    assert lines.index(["step", "9", *wanted, "33.00"]) > lines.index(["OPT-1.3B", "51.44"])
     assert ["lambada", "perplexity", "12.5000"] in lines
     assert not any(line[:1] == ["hellaswag"] for line in lines)
 

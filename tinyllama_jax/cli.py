@@ -357,7 +357,7 @@ def evaluate(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> int:
-    """Score a model by tasks of lm-evaluation-harness, which downloads their data.
+    """Score a model by tasks of lm-evaluation-harness, which downloads data that is not here.
 
     Args:
       path: A run folder, which keeps the scores in results.json; or a Hugging Face folder.
@@ -377,10 +377,8 @@ def evaluate(
     require(limit is None or limit > 0, "--limit must be above 0.")
     is_run = not huggingface.is_hf_folder(path)
     require(is_run or step is None, f"{path} is no run, so it has no --step: leave it out.")
-    name = str(path)
     if is_run:
         _, step = open_checkpoint(path, step)
-        name = f"{name}@{step}"
     config, weights = open_run(path, step) if is_run else huggingface.load(path)
     tokenizer = load_tokenizer(path / "tokenizer.model")
     mesh = make_mesh()
@@ -392,6 +390,7 @@ def evaluate(
         found = asked.score(on_every_device(weights, mesh, dtype))
     if step is not None:
         scores.write_results(path, step, found, limit)
+    name = f"step {step}" if is_run else path.resolve().name
     Console().print(scores.render(name, found, tasks, limit))
     return DONE
 
@@ -456,8 +455,10 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
             print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
         print("\ntinyllama VERB --help tells a verb's options.")
         return DONE if argv else USER_ERROR
-    # Orbax and TFDS warn of what is meant: a folder opened for reading, a dataset without homepage.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax, TFDS and lm-eval warn of what is meant: a folder opened for reading, a dataset without
+    # homepage, a task that leaves its metric's defaults.
+    for library in ("absl", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
         if argv[0] == "train":

@@ -39,7 +39,9 @@ try:
     import lm_eval.api.task
     from datasets.config import HF_CACHE_HOME
     from datasets.exceptions import DatasetNotFoundError
+    from datasets.utils.logging import set_verbosity_error
     from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -48,6 +50,7 @@ except ImportError as error:
         f"Tasks need lm-evaluation-harness ({error}): pip install 'tinyllama-jax[eval]'."
     ) from error
 
+set_verbosity_error()  # it warns of what is meant: data that is on this machine already
 # Its bar for each task's prompts is gone in a blink, and would stand between the lines of a run.
 lm_eval.api.task.tqdm = functools.partial(lm_eval.api.task.tqdm, disable=True)
 
@@ -278,7 +281,7 @@ class Tasks:
           {task or group: {metric: value}}. Where a task counts under several filters of the
           answers, the first.
         """
-        results = lm_eval.evaluator.evaluate(
+        results = evaluate(
             self._lm(weights),
             self._tasks,
             limit=self._limit,

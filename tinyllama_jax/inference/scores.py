@@ -1,8 +1,4 @@
-"""Scores of the original's tasks: what was published, and a run's own beside it.
-
-Source of every published number: TinyLlama's repository (EVAL.md, model cards) and paper
-(arXiv 2401.02385).
-"""
+"""Scores of the original's tasks: what was published, and a run's own beside it."""
 
 import dataclasses
 import json
@@ -19,6 +15,7 @@ from rich.text import Text
 from tinyllama_jax.config import UserError, write_aside
 
 FILE = "results.json"
+SOURCE = "TinyLlama's repository, model cards and paper (arXiv 2401.02385)"
 
 TaskScores = Mapping[str, Mapping[str, float]]
 """{task or group: {metric: value}}, a standard error as `<metric>_stderr`."""
@@ -58,7 +55,7 @@ class Suite:
 SUITES = {
     "commonsense": Suite(
         columns=(
-            Column("HellaSwag", "hellaswag", "acc_norm", 0),
+            Column("Hella\nSwag", "hellaswag", "acc_norm", 0),
             Column("OBQA", "openbookqa", "acc_norm", 0),
             Column("WinoG", "winogrande", "acc", 0),
             Column("ARC-c", "arc_challenge", "acc_norm", 0),
@@ -101,7 +98,7 @@ SUITES = {
             Published("  1195k", "2.5T", (25.92, 29.32, 9.15, 15.45)),
         ),
         note="MMLU 5-shot, BBH and DROP 3-shot, HumanEval 0-shot; the published ones are by "
-        "Instruct-Eval, whose prompts and rules of counting are others",
+        "Instruct-Eval, which asks and counts in its own way",
     ),
 }
 
@@ -121,7 +118,8 @@ def render(name: str, found: TaskScores, asked: Sequence[str], limit: int | None
         shown += [Text(cut, style="bold yellow"), ""]
     others = dict(found)
     for suite in (SUITES[suite] for suite in asked if suite in SUITES):
-        shown += [_beside_published(name, found, suite), Text(f" {suite.note}", style="dim"), ""]
+        note = f" {suite.note}. Published: {SOURCE}."
+        shown += [_beside_published(name, found, suite), Text(note, style="dim"), ""]
         # A group, such as MMLU, comes with each of its subjects.
         for task in [task for column in suite.columns for task in found if _within(task, column)]:
             others.pop(task, None)
@@ -135,19 +133,24 @@ def _within(task: str, column: Column) -> bool:
 
 
 def _beside_published(name: str, found: TaskScores, suite: Suite) -> Table:
-    table = Table(box=box.HORIZONTALS, show_edge=False)
+    """Fits 80 columns; a mean only where means were published."""
+    table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for title in ("tokens", *(column.title for column in suite.columns), "mean"):
-        table.add_column(title, justify="right")
-    width = len(suite.columns)
+    titles = [column.title for column in suite.columns]
+    if has_means := any(row.mean is not None for row in suite.published):
+        titles.append("mean")
+    for title in ("tokens", *titles):
+        table.add_column(title, justify="right", no_wrap=True, min_width=5)
     for row in suite.published:
-        scores = [f"{score:.2f}" for score in row.scores] or [""] * width
-        mean = "" if row.mean is None else f"{row.mean:.2f}"
-        table.add_row(row.model, row.tokens, *scores, mean, style="dim")
+        cells = [f"{score:.2f}" for score in row.scores] or [""] * len(suite.columns)
+        if row.mean is not None:
+            cells.append(f"{row.mean:.2f}")
+        table.add_row(row.model, row.tokens, *cells, style="dim")
     table.add_section()
     own = [100 * found[column.task][column.metric] for column in suite.columns]
-    scores = [f"{score:.2f}" for score in own]
-    table.add_row(name, "", *scores, f"{sum(own) / width:.2f}", style="bold")
+    if has_means:
+        own.append(sum(own) / len(own))
+    table.add_row(name, "", *(f"{score:.2f}" for score in own), style="bold")
     return table
 
 
