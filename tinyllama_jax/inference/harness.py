@@ -281,7 +281,7 @@ class Tasks:
           {task or group: {metric: value}}. Where a task counts under several filters of the
           answers, the first.
         """
-        results = evaluate(
+        results: Any = evaluate(
             self._lm(weights),
             self._tasks,
             limit=self._limit,
@@ -289,7 +289,6 @@ class Tasks:
             bootstrap_iters=BOOTSTRAP,
             confirm_run_unsafe_code=code_allowed(),
         )
-        assert results is not None
         found: dict[str, dict[str, float]] = {}
         for task, values in results["results"].items():
             for name, value in values.items():
