@@ -382,6 +382,53 @@ def generate(
     return DONE
 
 
+def evaluate(
+    path: Positional[Path],
+    /,
+    *,
+    tasks: tuple[str, ...],
+    step: int | None = None,
+    limit: int | None = None,
+    include_path: Path | None = None,
+) -> int:
+    """Score a model by tasks of lm-evaluation-harness, which downloads data that is not here.
+
+    Args:
+      path: A run folder, which keeps the scores in results.json; or a Hugging Face folder.
+      tasks: `commonsense` or `instruct`, the original's tasks; or names of lm-eval's or own ones.
+      step: Checkpoint to take; the newest by default.
+      limit: Only the first documents of each task.
+      include_path: Folder of own task files.
+    """
+    import jax
+    from rich.console import Console
+
+    from tinyllama_jax.data.tokenizer import load_tokenizer
+    from tinyllama_jax.inference import harness, huggingface, scores
+    from tinyllama_jax.runtime.checkpoint import open_checkpoint
+    from tinyllama_jax.runtime.mesh import auto_dtype, make_mesh, on_every_device
+
+    require(limit is None or limit > 0, "--limit must be above 0.")
+    is_run = not huggingface.is_hf_folder(path)
+    require(is_run or step is None, f"{path} is no run, so it has no --step: leave it out.")
+    if is_run:
+        _, step = open_checkpoint(path, step)
+    config, weights = open_run(path, step) if is_run else huggingface.load(path)
+    tokenizer = load_tokenizer(path / "tokenizer.model")
+    mesh = make_mesh()
+    dtype = auto_dtype(mesh)
+    asked = harness.Tasks(
+        tasks, config, tokenizer, mesh, dtype, limit=limit, include_path=include_path
+    )
+    with jax.set_mesh(mesh):
+        found = asked.score(on_every_device(weights, mesh, dtype))
+    if step is not None:
+        scores.write_results(path, step, found, limit)
+    name = f"step {step}" if is_run else path.resolve().name
+    Console().print(scores.render(name, found, tasks, limit))
+    return DONE
+
+
 def open_run(run: Path, step: int | None):
     """(model config, weights) of a run's checkpoint.
 
@@ -424,6 +471,7 @@ VERBS = {
     "verify": verify,
     "convert": convert,
     "generate": generate,
+    "eval": evaluate,
 }
 
 
@@ -441,8 +489,10 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
             print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
         print("\ntinyllama VERB --help tells a verb's options.")
         return DONE if argv else USER_ERROR
-    # Orbax and TFDS warn of what is meant: a folder opened for reading, a dataset without homepage.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax, TFDS and lm-eval warn of what is meant: a folder opened for reading, a dataset without
+    # homepage, a task that leaves its metric's defaults.
+    for library in ("absl", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
         if argv[0] == "train":

@@ -305,6 +305,31 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Tasks of lm-evaluation-harness, as `eval/<task>/<metric>`; once more at the end."""
+
+    every: int = 0
+    """0: never, not at the end either."""
+    tasks: tuple[str, ...] = ()
+    """Their names, or `commonsense`: the seven of the original."""
+    limit: int | None = None
+    """Only the first documents of each task."""
+    include_path: str | None = None
+    """Folder of task files of one's own."""
+
+    def __post_init__(self):
+        require(
+            self.every >= 0 and (self.limit is None or self.limit > 0),
+            "evaluation.every must not be negative, and evaluation.limit must be above 0.",
+        )
+        require(
+            (self.every > 0) == (len(self.tasks) > 0),
+            f"evaluation.every is {self.every} and evaluation.tasks is {self.tasks}: give both, or "
+            "neither.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchStageConfig:
     """After some step of the run, another batch size, in the memory of the same micro-batch."""
 
@@ -339,6 +364,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
         for field in ("steps", "batch_rows", "micro_batches", "log_every"):
@@ -422,7 +448,15 @@ class Launch:
 
 # What a run may change when it goes on. All else decides the numbers it has already made; `steps`
 # decides only those to come, by a longer or shorter decay.
-CHANGEABLE = ("run_folder", "steps", "log_every", "checkpoint", "validation", "sample")
+CHANGEABLE = (
+    "run_folder",
+    "steps",
+    "log_every",
+    "checkpoint",
+    "validation",
+    "sample",
+    "evaluation",
+)
 
 
 def to_json(config: Any) -> dict[str, Any]:

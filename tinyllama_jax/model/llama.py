@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention, cached_attention
-from tinyllama_jax.model.loss import next_token_loss
+from tinyllama_jax.model.loss import next_token_loss, target_scores
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
 Gather = Callable[[str, jax.Array], jax.Array]
@@ -368,6 +368,29 @@ def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_B
         x_BTD = rms_norm(x_BTD, gather("norm_D", weights["norm_D"]), config.norm_eps)
         head_DV = gather("head_DV", weights["head_DV"])
         return next_token_loss(x_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+
+
+def next_token_scores(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens_BS: jax.Array,
+    execution: ExecutionConfig = ExecutionConfig(),
+) -> tuple[jax.Array, jax.Array]:
+    """Of each token but the first of a row: its log-probability, and whether none is likelier.
+
+    Args:
+      config: the model.
+      weights: in the dtype to compute in.
+      tokens_BS: rows of S = T + 1 tokens.
+      execution: how.
+
+    Returns:
+      As `target_scores`, (B, T) each.
+    """
+    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, whole)
+    with jax.named_scope("head"):
+        x_BTD = rms_norm(x_BTD, weights["norm_D"], config.norm_eps)
+        return target_scores(x_BTD, weights["head_DV"], tokens_BS[:, 1:])
 
 
 def _logits(config: LlamaConfig, weights: Weights, x: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
 """The training loss: the head's product and its cross-entropy in one, a chunk of tokens at a time.
+And the same token by token, for tasks that ask how likely a text is.
 
 Shapes: B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
 """
@@ -26,6 +27,26 @@ def next_token_loss(
       weights_BT: fp32, how much each target counts.
     """
     return _loss_sum(x_BTD, head_DV, targets_BT, weights_BT), jnp.sum(weights_BT)
+
+
+def target_scores(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target in nats, fp32, and whether no token is likelier.
+
+    Args:
+      x_BTD: what the head multiplies, after the last norm.
+      head_DV: the head.
+      targets_BT: ids of the next tokens.
+    """
+
+    def chunk(_, inputs):
+        x_BCD, targets_BC = inputs
+        losses_BC, logits_BCV, _ = _losses(x_BCD @ head_DV, targets_BC)
+        return None, (-losses_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC)
+
+    _, (scores, likeliest) = jax.lax.scan(chunk, None, _chunks(head_DV, x_BTD, targets_BT))
+    return _joined(scores), _joined(likeliest)
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -57,6 +58,11 @@ def make_mesh(data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     )
     shape = (data, len(devices) // data)
     return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def auto_dtype(mesh: Mesh) -> jnp.dtype:
+    """What matrix products are fastest in, on devices that need not be here: fp32 on a CPU."""
+    return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16)
 
 
 def check_fits(config: Config, mesh: Mesh | AbstractMesh) -> None:
@@ -125,6 +131,13 @@ def gather_axis(name: str, ndim: int) -> int:
     """
     axes = (WEIGHT_AXES.get(name) or WEIGHT_AXES[f"blocks.{name}"])[-ndim:]
     return [MESH_AXES[axis] for axis in axes].index("fsdp")
+
+
+def on_every_device(tree: Any, mesh: Mesh, dtype) -> Any:
+    """The arrays of a tree in a dtype, whole on each device of the mesh."""
+    return jax.device_put(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree), NamedSharding(mesh, P())
+    )
 
 
 def batch_sharding(mesh: Mesh, rows_axis: int) -> NamedSharding:

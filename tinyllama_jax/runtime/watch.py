@@ -34,6 +34,7 @@ PATIENCE = {
     "step": 1200,  # as long as few were timed, then `STEP` or more
     "save": 3600,  # waits for the checkpoint before, on a slow disk
     "validation": 6 * 3600,  # of all held-out rows at the end
+    "evaluation": 6 * 3600,  # the slowest task asks 200,000 times
     "sample": 1200,
     "end": 6 * 3600,  # simple models are counted on the held-out rows
 }

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
 from tinyllama_jax.inference import evaluate
 from tinyllama_jax.inference.generate import Sampler, generate
+from tinyllama_jax.inference.scores import TaskScores
+from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
@@ -46,6 +48,8 @@ from tinyllama_jax.training.step import (
     init_state,
     make_step,
 )
+
+ScoreTasks = Callable[[Weights], TaskScores]
 
 BASELINE_ROWS = 8192  # training rows that the bigram model is counted on
 
@@ -72,6 +76,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     mesh = make_mesh() if mesh is None else mesh
     with processes.together():
         tokenizer, names, order, train_rows, held_out_rows, fingerprint = _check(config, mesh)
+        score_tasks = _tasks(config, mesh, tokenizer)
     facts = {"config": to_json(config), "data": fingerprint, "version": processes.software()}
     processes.check_alike(facts)
     source = warm_start.find_source(config)
@@ -137,6 +142,15 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                     f"step {step}  val/{name}: loss {found.loss:.4f}  {bits:.3f} bits/byte"
                 )
 
+        def assess(step: int, score_tasks: ScoreTasks) -> None:
+            """Scores of the tasks that the config names."""
+            watch.at("evaluation", step)
+            for task, found in score_tasks(state["weights"]).items():
+                values = {name: found[name] for name in found if not name.endswith("_stderr")}
+                metrics.write(step, {f"eval/{task}/{name}": x for name, x in values.items()})
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                terminal.say(f"step {step}  eval/{task}: {shown}")
+
         def save(step: int) -> None:
             watch.at("save", step)
             rows = config.rows_after(step)
@@ -167,8 +181,9 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             last = step == config.steps
             saves = last or step % config.checkpoint.every == 0
             validates = step % config.validation.every == 0 and not last
+            assesses = score_tasks and step % config.evaluation.every == 0 and not last
             samples = step % config.sample.every == 0 and not last
-            if saves or validates or samples or stop.signal:
+            if saves or validates or assesses or samples or stop.signal:
                 report(*pending)
                 pending = None
                 with clock.paused():
@@ -176,6 +191,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
                         save(step)
                     if validates and not stop.signal:
                         validate(step, config.validation.rows)
+                    if score_tasks and assesses and not stop.signal:
+                        assess(step, score_tasks)
                     if samples and not stop.signal:
                         watch.at("sample", step)
                         _sample(config, state, tokenizer, dtype, folder, step, terminal)
@@ -197,6 +214,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         if processes.from_first(lambda: last_loss in read_metrics(folder).get(config.steps, {})):
             terminal.say(f"{folder} is complete at step {config.steps}; nothing is left to train.")
             return True
+        if score_tasks:
+            assess(config.steps, score_tasks)
         validate(config.steps, None)
         watch.at("sample", config.steps)
         _sample(config, state, tokenizer, dtype, folder, config.steps, terminal)
@@ -251,6 +270,26 @@ def _check(config: Config, mesh: Mesh) -> _Inputs:
         held_out_rows=held_out_rows,
         fingerprint=mixture.fingerprint(config.data, config.model.context, config.seed),
     )
+
+
+def _tasks(config: Config, mesh: Mesh, tokenizer: SentencePieceProcessor) -> ScoreTasks | None:
+    """The tasks that the run is scored by; raises `UserError` where they cannot be had."""
+    asked = config.evaluation
+    if not asked.every:
+        return None
+    from tinyllama_jax.inference import harness  # here, because lm-eval is an extra
+
+    return harness.Tasks(
+        asked.tasks,
+        config.model,
+        tokenizer,
+        mesh,
+        compute_dtype(config, mesh),
+        limit=asked.limit,
+        include_path=None if asked.include_path is None else Path(asked.include_path),
+        execution=config.execution,
+        quiet=True,
+    ).score
 
 
 def _start(

@@ -13,7 +13,7 @@ from tinyllama_jax.config import Config, require
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.attention import device_chip, why_not
 from tinyllama_jax.runtime.compiler import compiler_options
-from tinyllama_jax.runtime.mesh import batch_sharding, shardings
+from tinyllama_jax.runtime.mesh import auto_dtype, batch_sharding, shardings
 from tinyllama_jax.training.gradients import make_gradients
 from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -25,11 +25,9 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 
 def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
-    """The dtype of matrix products; on CPU bf16 is slower than fp32."""
+    """The dtype of matrix products."""
     if config.compute_dtype == "auto":
-        # Of the mesh's devices, which need not be here.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
+        return auto_dtype(mesh)
     return jnp.dtype(config.compute_dtype)
 
 
