@@ -262,37 +262,59 @@ def verify(path: Positional[Path], /) -> int:
 
 
 def convert(
-    run: Positional[Path],
+    path: Positional[Path],
     out: Positional[Path],
     /,
     *,
-    to: Literal["hf"],
-    step: int | None = None,
+    to: Literal["hf", "gguf"],
+    step: int | Literal["all"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str | None = None,
+    config: str | None = None,
+    tokenizer: Path | None = None,
     check: bool = False,
 ) -> int:
-    """Export a run for PyTorch: a folder that transformers opens.
+    """Export a model for PyTorch or llama.cpp.
 
     Args:
-      run: A run folder.
-      out: Folder to make; an earlier export is replaced.
-      to: `hf`: Hugging Face's format.
-      step: Checkpoint to take; the newest by default.
+      path: A run, a Hugging Face folder, or a .pth of the original TinyLlama.
+      out: What to make, a folder or a .gguf; an earlier export is replaced.
+      to: `hf`: a folder that transformers opens. `gguf`: a file for llama.cpp, in fp16.
+      step: Checkpoint to take, the newest by default; `all`: each into a folder of its own below
+        `out`, such as step-50k-token-105B.
+      dtype: Of the weights in `hf`; float32 by default.
+      max_shard_size: Of a file of weights in `hf`, such as 500MB; 5GB by default.
+      config: Config with the model of a .pth, such as configs/tinyllama_1b.py.
+      tokenizer: The tokenizer.model of a .pth, or of a Hugging Face folder that has none.
       check: Load it back with transformers and compare logits.
     """
-    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.inference import conversion
+    from tinyllama_jax.training.metrics import FILE, read_metrics
 
-    config, weights = open_run(run, step)
-    huggingface.export(weights, config, run / "tokenizer.model", out)
-    print(f"{out}: {config.parameters():,} parameters")
-    if check:
-        difference = huggingface.check(out, config, weights)
-        passed = difference <= CHECK_TOLERANCE
-        print(
-            f"largest logit difference to transformers: {difference:.2e} "
-            f"({'within' if passed else 'ABOVE'} {CHECK_TOLERANCE:.0e})"
+    require(
+        to == "hf" or not (check or dtype or max_shard_size),
+        "--check, --dtype and --max-shard-size are for --to hf: leave them out.",
+    )
+    max_shard_bytes = conversion.parse_bytes(max_shard_size or "5GB")
+    metrics = read_metrics(path) if (path / FILE).is_file() else {}
+    if step == "all":
+        require(not (config or tokenizer), f"{path}: --step all is for runs, which tell the rest.")
+        models = conversion.all_steps(path, out, to, metrics)
+    else:
+        models = [(conversion.open_model(path, step, config, tokenizer, metrics), out)]
+    passed = True
+    for model, where in models:
+        difference = conversion.convert(
+            model, where, to, dtype or "float32", max_shard_bytes, check
         )
-        return DONE if passed else CHECK_FAILED
-    return DONE
+        print(f"{where}: {model.config.parameters():,} parameters")
+        if difference is not None:
+            passed &= difference <= CHECK_TOLERANCE
+            print(
+                f"largest logit difference to transformers: {difference:.2e} "
+                f"({'within' if difference <= CHECK_TOLERANCE else 'ABOVE'} {CHECK_TOLERANCE:.0e})"
+            )
+    return DONE if passed else CHECK_FAILED
 
 
 def generate(
