@@ -242,28 +242,19 @@ def config_from_hf(path: Path) -> LlamaConfig:
             "biases.",
         )
     try:
-        rope = {"rope_theta": values.get("rope_theta", 10_000.0), "factor": 1.0}
-        rope |= values.get("rope_scaling") or values.get("rope_parameters") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(
-            kind in ("linear", "default"),
-            f"{path} has rope_type {kind!r}, and this model only 'default' and 'linear': choose a "
-            "Llama without it.",
-        )
+        rope = _rope(path, values)
         heads = values["num_attention_heads"]
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
         values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
         fields = {field: values[key] for key, field in FIELDS.items()}
-        floats: dict[str, Any] = {
-            "norm_eps": float(fields.pop("norm_eps")),
-            "rope_base": float(rope["rope_theta"]),
-            "rope_factor": float(rope["factor"]) if kind == "linear" else 1.0,
-        }
+        rope["norm_eps"] = fields.pop("norm_eps")
+        # A bool is an int to Python.
         if not all(type(size) is int and size <= LARGEST for size in fields.values()):
             raise ValueError(f"sizes {fields}")
-        if not all(map(math.isfinite, floats.values())):
-            raise ValueError(f"{floats}")
-        return LlamaConfig(**fields, **floats)
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in rope.values()):
+            raise ValueError(f"{rope}")
+        numbers: dict[str, Any] = {**fields, **{name: float(x) for name, x in rope.items()}}
+        return LlamaConfig(**numbers)
     except KeyError as error:
         raise UserError(
             f"{path} has no {error}: save the model again with transformers."
@@ -272,6 +263,30 @@ def config_from_hf(path: Path) -> LlamaConfig:
         raise UserError(
             f"{path} holds a value that cannot be ({error}): download or export it again."
         ) from error
+
+
+def _rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's fields of `LlamaConfig`, from wherever config.json has them; more than once, if so."""
+    found: dict[str, Any] = {}
+    parts = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
+    parts += [{"rope_theta": values["rope_theta"]}] if "rope_theta" in values else []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise TypeError(f"RoPE {part!r}")
+        for key, value in part.items():
+            key = "rope_type" if key == "type" else key
+            require(
+                key != "rope_type" or value in ("linear", "default"),
+                f"{path} has rope_type {value!r}, and this model only 'default' and 'linear': "
+                "choose a Llama without it.",
+            )
+            require(
+                found.setdefault(key, value) == value,
+                f"{path} has {key} {found[key]!r} and {value!r}: leave one of them.",
+            )
+    factor = found["factor"] if found.get("rope_type") == "linear" else 1.0
+    # The base where none is given is what transformers assumes.
+    return {"rope_base": found.get("rope_theta", 10_000.0), "rope_factor": factor}
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -305,7 +320,8 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
     _compare_hashes(folder)
     file = folder / "config.json"
     config, stored = config_from_hf(file), Stored(folder)
-    tied = read_json(file).get("tie_word_embeddings") is True
+    tied = read_json(file).get("tie_word_embeddings", False)
+    require(type(tied) is bool, f"{file} has tie_word_embeddings {tied!r}: make it true or false.")
     numbers = {name.split(".")[2] for name in stored.where if name.startswith("model.layers.")}
     require(
         config.layers == len(numbers),

@@ -57,6 +57,7 @@ class Tensor:
         return array.T.reshape(self.shape) if self.contracted else array
 
 
+@functools.cache
 def leaves(config: LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every weight of the model by its dotted path."""
     return named_leaves(llama.abstract_weights(config))
