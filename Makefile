@@ -6,7 +6,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --editable
 # Where there is an NVIDIA device, JAX comes with its CUDA plugin.
 GPU = $(if $(wildcard /dev/nvidia0),[gpu])
 
-.PHONY: train test compile lint clean
+.PHONY: train test compile gguf-check lint clean
 
 train: runs/demo/export/model.safetensors
 	$(BIN)/tinyllama generate runs/demo --prompt "The" --temperature 0.8
@@ -32,6 +32,10 @@ test: $(VENV)/installed-test
 compile: $(VENV)-compile/installed
 	$(VENV)-compile/bin/pytest -m compile
 
+# The demo in llama.cpp, transformers and here. Compiles llama.cpp, once: about 7 minutes.
+gguf-check: $(VENV)-gguf/installed runs/demo/export/model.safetensors
+	$(VENV)-gguf/bin/pytest -m llama_cpp
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -56,5 +60,12 @@ $(VENV)-compile/installed: requirements.txt pyproject.toml
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[plan,test]'
 	@touch $@
 
+$(VENV)-gguf/installed: requirements.txt pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing into $(@D), and compiling llama.cpp (a C++ compiler is needed): once."
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[test,torch]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.36'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compile data/demo runs/demo
+	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf data/demo runs/demo

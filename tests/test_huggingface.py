@@ -13,7 +13,7 @@ from flax import traverse_util
 from test_tokenizer_json import train
 
 from tinyllama_jax.config import LlamaConfig, UserError
-from tinyllama_jax.inference import huggingface
+from tinyllama_jax.inference import huggingface, safetensors_files, tensors
 from tinyllama_jax.model import llama
 
 CONFIG = LlamaConfig(
@@ -56,8 +56,10 @@ def exported(weights, small_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def copied(exported, tmp_path):
-    """An export to damage."""
-    return Path(shutil.copytree(exported, tmp_path / "copy"))
+    """A folder to damage; without its hashes, as if another program had saved it."""
+    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (folder / huggingface.HASHES).unlink()
+    return folder
 
 
 def changed(weights, path, value):
@@ -72,25 +74,25 @@ def edit_json(file, **changes):
 
 def edit_tensors(folder, edit):
     file = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    edit(tensors)
-    safetensors.numpy.save_file(tensors, file)
+    stored = safetensors.numpy.load_file(file)
+    edit(stored)
+    safetensors.numpy.save_file(stored, file)
 
 
 def test_table_of_names_covers_the_tree_both_ways():
     ours = set(traverse_util.flatten_dict(llama.abstract_weights(CONFIG), sep="."))
-    assert ours == set(huggingface.NAMES)
-    table = huggingface.tensors(CONFIG)
-    per_layer = sum("{}" in name for name, _ in huggingface.NAMES.values())
-    assert len(table) == CONFIG.layers * per_layer + len(huggingface.NAMES) - per_layer
+    assert ours == set(tensors.NAMES)
+    table = tensors.tensors(CONFIG)
+    per_layer = sum("{}" in name for name, _ in tensors.NAMES.values())
+    assert len(table) == CONFIG.layers * per_layer + len(tensors.NAMES) - per_layer
     stored = sum(int(np.prod(tensor.hf_shape)) for tensor in table.values())
     assert stored == CONFIG.parameters()
 
 
 def test_a_weight_without_a_row_raises(monkeypatch):
-    monkeypatch.delitem(huggingface.NAMES, "blocks.up_DF")
+    monkeypatch.delitem(tensors.NAMES, "blocks.up_DF")
     with pytest.raises(KeyError, match="blocks.up_DF"):
-        huggingface.tensors(CONFIG)
+        tensors.tensors(CONFIG)
 
 
 def test_load_returns_what_export_was_given_bit_for_bit(exported, weights):
@@ -126,7 +128,7 @@ def test_matrices_are_stored_out_by_in_with_heads_outermost(exported, weights):
 
 
 def test_export_writes_exactly_the_files_it_may_replace(exported):
-    assert {path.name for path in exported.iterdir()} == huggingface.FILES
+    assert {path.name for path in exported.iterdir()} == {*huggingface.FILES, "model.safetensors"}
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]
 
 
@@ -205,7 +207,10 @@ def test_load_derives_what_old_configs_leave_out(copied):
         ("hidden_act", "gelu", "hidden_act 'gelu'"),
         ("attention_bias", True, "attention_bias True"),
         ("mlp_bias", True, "mlp_bias True"),
-        ("tie_word_embeddings", True, "tie_word_embeddings True"),
+        ("tie_word_embeddings", True, "is tied to the embedding, and the weights hold another"),
+        ("sliding_window", 4096, "sliding_window 4096"),
+        ("quantization_config", {"bits": 4}, "quantization_config"),
+        ("num_hidden_layers", 4, "4 layers and the weights 3"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3'"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "rope_type 'yarn'"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),
@@ -221,14 +226,23 @@ def test_load_refuses_another_model(copied, key, value, named):
         huggingface.load(copied)
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("rms_norm_eps", None)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", float("nan")),
+        ("num_hidden_layers", 3.0),
+        ("vocab_size", 10**12),
+    ],
+)
 def test_load_refuses_values_that_cannot_be(copied, key, value):
     edit_json(copied / "config.json", **{key: value})
     with pytest.raises(UserError, match="value that cannot be"):
         huggingface.load(copied)
 
 
-def test_load_refuses_tensors_that_do_not_fit(exported, tmp_path):
+def test_load_refuses_tensors_that_do_not_fit(copied, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
 
     def transpose(tensors):
@@ -246,7 +260,7 @@ def test_load_refuses_tensors_that_do_not_fit(exported, tmp_path):
             (spoil, name),
         ]
     ):
-        folder = Path(shutil.copytree(exported, tmp_path / str(number)))
+        folder = Path(shutil.copytree(copied, tmp_path / str(number)))
         edit_tensors(folder, edit)
         with pytest.raises(UserError, match=named):
             huggingface.load(folder)
@@ -259,8 +273,7 @@ def test_load_refuses_damaged_and_absent_files(copied):
     with pytest.raises(UserError, match="damaged"):
         huggingface.load(copied)
     file.rename(copied / "model-00001-of-00002.safetensors")
-    (copied / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="sharded"):
+    with pytest.raises(UserError, match=r"no .*model.safetensors, be it in another format"):
         huggingface.load(copied)
     (copied / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
@@ -295,7 +308,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "missing weights", "other model", "empty"])
+@pytest.mark.parametrize("foreign", ["notes.txt", "no hashes", "other model", "empty"])
 def test_export_leaves_folders_alone_that_it_did_not_write(
     foreign, exported, weights, small_tokenizer, tmp_path
 ):
@@ -306,8 +319,8 @@ def test_export_leaves_folders_alone_that_it_did_not_write(
         shutil.copytree(exported, folder)
     if foreign == "notes.txt":
         (folder / "notes.txt").write_text("mine")
-    elif foreign == "missing weights":
-        (folder / "model.safetensors").unlink()
+    elif foreign == "no hashes":
+        (folder / huggingface.HASHES).unlink()
     elif foreign == "other model":
         edit_json(folder / "config.json", architectures=["GemmaForCausalLM"])
     before = contents(folder)
@@ -325,7 +338,8 @@ def test_export_leaves_a_file_alone(weights, small_tokenizer, tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_export_replaces_an_earlier_export(copied, weights, small_tokenizer):
+def test_export_replaces_an_earlier_export(exported, weights, small_tokenizer, tmp_path):
+    copied = Path(shutil.copytree(exported, tmp_path / "copy"))
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
     huggingface.export(other, CONFIG, small_tokenizer, copied)
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(copied)[1], other)
@@ -336,7 +350,7 @@ def test_a_failing_export_cleans_up(weights, small_tokenizer, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(safetensors_files, "write", full)
     with pytest.raises(OSError, match="No space left"):
         huggingface.export(weights, CONFIG, small_tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -363,7 +377,7 @@ def test_an_export_killed_on_its_way_leaves_no_half_folder(
     assert (contents(folder) if folder.exists() else None) == before
     huggingface.export(weights, CONFIG, small_tokenizer, folder)
     assert list(tmp_path.iterdir()) == [folder]
-    assert set(contents(folder)) == huggingface.FILES
+    assert set(contents(folder)) == {*huggingface.FILES, "model.safetensors"}
 
 
 @pytest.mark.torch

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
-from tinyllama_jax.inference import huggingface
+from tinyllama_jax.inference import tensors
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training.step import init_state, make_step
@@ -40,7 +40,7 @@ def random_weights(config):
 
 def hf_arrays(config, flat):
     """Our leaves by path, as Hugging Face's tensors by name."""
-    table = huggingface.tensors(config).items()
+    table = tensors.tensors(config).items()
     return {name: row.to_hf(np.asarray(flat[row.path][row.index])) for name, row in table}
 
 

@@ -14,12 +14,10 @@ import tyro
 from tyro.conf import Positional
 
 from tinyllama_jax.config import Config, Launch, UserError, require
-from tinyllama_jax.config_file import load_config, model_of_run
+from tinyllama_jax.config_file import load_config
 
 # 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
 DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
-
-CHECK_TOLERANCE = 1e-3  # largest logit difference of `convert --check`, fp32 on both sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,37 +280,60 @@ def verify(path: Positional[Path], /) -> int:
 
 
 def convert(
-    run: Positional[Path],
+    path: Positional[Path],
     out: Positional[Path],
     /,
     *,
-    to: Literal["hf"],
-    step: int | None = None,
+    to: Literal["hf", "gguf"],
+    step: int | Literal["all"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str | None = None,
+    config: str | None = None,
+    tokenizer: Path | None = None,
     check: bool = False,
 ) -> int:
-    """Export a run for PyTorch: a folder that transformers opens.
+    """Export a model for PyTorch or llama.cpp.
 
     Args:
-      run: A run folder.
-      out: Folder to make; an earlier export is replaced.
-      to: `hf`: Hugging Face's format.
-      step: Checkpoint to take; the newest by default.
+      path: A run, a Hugging Face folder, or a .pth of the original TinyLlama.
+      out: What to make, a folder or a .gguf; an earlier export is replaced.
+      to: `hf`: a folder that transformers opens. `gguf`: a file for llama.cpp, in fp16.
+      step: Checkpoint to take, the newest by default; `all`: each into a folder of its own below
+        `out`, such as step-50k-token-105B.
+      dtype: Of the weights in `hf`; float32 by default.
+      max_shard_size: Of a file of weights in `hf`, such as 500MB; 5GB by default.
+      config: Config with the model of a .pth, such as configs/tinyllama_1b.py.
+      tokenizer: The tokenizer.model of a .pth, or of a Hugging Face folder that has none.
       check: Load it back with transformers and compare logits.
     """
-    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.inference import conversion
+    from tinyllama_jax.training.metrics import FILE, read_metrics
 
-    config, weights = open_run(run, step)
-    huggingface.export(weights, config, run / "tokenizer.model", out)
-    print(f"{out}: {config.parameters():,} parameters")
-    if check:
-        difference = huggingface.check(out, config, weights)
-        passed = difference <= CHECK_TOLERANCE
-        print(
-            f"largest logit difference to transformers: {difference:.2e} "
-            f"({'within' if passed else 'ABOVE'} {CHECK_TOLERANCE:.0e})"
+    require(
+        to == "hf" or not (check or dtype or max_shard_size),
+        "--check, --dtype and --max-shard-size are for --to hf: leave them out.",
+    )
+    max_shard_bytes = conversion.parse_bytes(max_shard_size or "5GB")
+    metrics = read_metrics(path) if (path / FILE).is_file() else {}
+    if step == "all":
+        require(not (config or tokenizer), f"{path}: --step all is for runs, which tell the rest.")
+        models = conversion.all_steps(path, out, to, metrics)
+    else:
+        models = [(conversion.open_model(path, step, config, tokenizer, metrics), out)]
+    passed = True
+    for model, where in models:
+        difference = conversion.convert(
+            model, where, to, dtype or "float32", max_shard_bytes, check
         )
-        return DONE if passed else CHECK_FAILED
-    return DONE
+        print(f"{where}: {model.config.parameters():,} parameters")
+        if difference is not None:
+            within = difference <= conversion.TOLERANCE
+            passed &= within
+            print(
+                f"largest logit difference to transformers: {difference:.2e} "
+                f"({'within' if within else 'ABOVE'} {conversion.TOLERANCE:.0e})"
+            )
+    return DONE if passed else CHECK_FAILED
 
 
 def generate(
@@ -344,7 +365,7 @@ def generate(
       ids: Print the new ids alone, a line for each prompt.
     """
     from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
-    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.inference import conversion
     from tinyllama_jax.inference.generate import Sampler, stream
     from tinyllama_jax.inference.generate import generate as continue_ids
     from tinyllama_jax.inference.text import as_they_come, make_stop
@@ -352,18 +373,14 @@ def generate(
     require(bool(prompt) != bool(prompt_ids), "Give either --prompt TEXT or --prompt-ids 1 5 9.")
     require(all(stop), "--stop is empty: give a string, or leave it out.")
     sampler = Sampler(temperature, top_k, top_p)
-    if huggingface.is_hf_folder(path):
-        config, weights = huggingface.load(path)
-    else:
-        config, weights = open_run(path, None)
+    config, weights = conversion.open_model(path).read()
     # Ids alone need none.
     tokenizer = load_tokenizer(path / "tokenizer.model") if prompt or stop or not ids else None
     prompts = [tokenizer.encode(text) for text in prompt] if tokenizer else []
     prompts = prompts or [list(prompt_ids)]
-    for start in prompts:
-        if 0 < config.context - len(start) < max_tokens:
-            room = config.context - len(start)
-            print(f"The context of {config.context} holds {room} new tokens.", file=sys.stderr)
+    room = config.context - max(map(len, prompts))
+    if 0 < room < max_tokens:
+        print(f"The context of {config.context} holds {room} new tokens.", file=sys.stderr)
     options: dict[str, Any] = dict(
         max_tokens=max_tokens,
         sampler=sampler,
@@ -404,7 +421,7 @@ def evaluate(
     from rich.console import Console
 
     from tinyllama_jax.data.tokenizer import load_tokenizer
-    from tinyllama_jax.inference import harness, huggingface, scores
+    from tinyllama_jax.inference import conversion, harness, huggingface, scores
     from tinyllama_jax.runtime.checkpoint import open_checkpoint
     from tinyllama_jax.runtime.mesh import auto_dtype, make_mesh, on_every_device
 
@@ -413,13 +430,12 @@ def evaluate(
     require(is_run or step is None, f"{path} is no run, so it has no --step: leave it out.")
     if is_run:
         _, step = open_checkpoint(path, step)
-    config, weights = open_run(path, step) if is_run else huggingface.load(path)
+    config, weights = conversion.open_model(path, step).read()
     tokenizer = load_tokenizer(path / "tokenizer.model")
     mesh = make_mesh()
     dtype = auto_dtype(mesh)
-    asked = harness.Tasks(
-        tasks, config, tokenizer, mesh, dtype, limit=limit, include_path=include_path
-    )
+    options: dict[str, Any] = dict(limit=limit, include_path=include_path)
+    asked = harness.Tasks(tasks, config, tokenizer, mesh, dtype, **options)
     with jax.set_mesh(mesh):
         found = asked.score(on_every_device(weights, mesh, dtype))
     if step is not None:
@@ -427,30 +443,6 @@ def evaluate(
     name = f"step {step}" if is_run else path.resolve().name
     Console().print(scores.render(name, found, tasks, limit))
     return DONE
-
-
-def open_run(run: Path, step: int | None):
-    """(model config, weights) of a run's checkpoint.
-
-    Raises:
-      UserError: no run there, no such checkpoint, or a damaged one.
-    """
-    import jax
-
-    from tinyllama_jax.model.llama import abstract_weights
-    from tinyllama_jax.runtime.checkpoint import open_checkpoint
-    from tinyllama_jax.runtime.mesh import make_mesh, shardings
-
-    config = model_of_run(run)
-    checkpoints, step = open_checkpoint(run, step)
-    weights = abstract_weights(config)
-    weights = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        weights,
-        # One device: a model's width need not divide by as many as happen to be at hand.
-        shardings(weights, make_mesh(devices=jax.devices()[:1])),
-    )
-    return config, checkpoints.restore_weights(step, weights)
 
 
 def _say_if_gpu_idle() -> None:

@@ -1,7 +1,7 @@
 """To and from Hugging Face: a folder that transformers opens, written and read without torch."""
 
-import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -12,33 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from flax import traverse_util
 
 from tinyllama_jax.config import LlamaConfig, UserError, make_folder, require
-from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
+from tinyllama_jax.inference import model_card, safetensors_files
+from tinyllama_jax.inference.safetensors_files import Stored
+from tinyllama_jax.inference.tensors import leaves, stream, tensors, unread_tensors
 from tinyllama_jax.inference.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import named_leaves
-
-# Our path -> (Hugging Face's name, how many leading axes the matrix contracts). A matrix is
-# (in, out) here and (out, in) there; zero axes: no matrix product, stored alike.
-NAMES = {
-    "embedding_VD": ("model.embed_tokens.weight", 0),
-    "blocks.attention_norm_D": ("model.layers.{}.input_layernorm.weight", 0),
-    "blocks.query_DNH": ("model.layers.{}.self_attn.q_proj.weight", 1),
-    "blocks.key_DKH": ("model.layers.{}.self_attn.k_proj.weight", 1),
-    "blocks.value_DKH": ("model.layers.{}.self_attn.v_proj.weight", 1),
-    "blocks.output_NHD": ("model.layers.{}.self_attn.o_proj.weight", 2),
-    "blocks.swiglu_norm_D": ("model.layers.{}.post_attention_layernorm.weight", 0),
-    "blocks.gate_DF": ("model.layers.{}.mlp.gate_proj.weight", 1),
-    "blocks.up_DF": ("model.layers.{}.mlp.up_proj.weight", 1),
-    "blocks.down_FD": ("model.layers.{}.mlp.down_proj.weight", 1),
-    "norm_D": ("model.norm.weight", 0),
-    "head_DV": ("lm_head.weight", 1),
-}
 
 # Keys of config.json -> fields of LlamaConfig.
 FIELDS = {
@@ -59,79 +42,59 @@ FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
 }
 
-SAVE_AGAIN = "open it with transformers and save_pretrained(folder, max_shard_size='1TB')."
+# Keys that other models have, and that change what is computed.
+ABSENT = ("sliding_window", "quantization_config", "attn_logit_softcapping", "num_local_experts")
 
+TOKENIZER = "tokenizer.model"
+CARD = "README.md"
+HASHES = "sha256.json"
+# What an export holds beside its safetensors.
 FILES = {
     "config.json",
     "generation_config.json",
-    "model.safetensors",
     "special_tokens_map.json",
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
+    TOKENIZER,
+    CARD,
+    HASHES,
 }
 
+LARGEST = 2**20  # of any size in config.json; no Llama comes near it
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of a Hugging Face checkpoint, and where it lives in our tree."""
-
-    path: str
-    index: Any
-    """Of the tensor in the leaf at `path`: its layer, or `...` where there is no layer axis."""
-    shape: tuple[int, ...]
-    """Here, without the layer axis."""
-    contracted: int
-
-    @property
-    def hf_shape(self) -> tuple[int, ...]:
-        ins, outs = self.shape[: self.contracted], self.shape[self.contracted :]
-        return (math.prod(outs), math.prod(ins)) if self.contracted else self.shape
-
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
-        matrix = array.reshape(self.hf_shape[::-1]).T if self.contracted else array
-        return np.ascontiguousarray(matrix)
-
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return array.T.reshape(self.shape) if self.contracted else array
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def leaves(config: LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every weight of the model by its dotted path."""
-    return named_leaves(llama.abstract_weights(config))
-
-
-def tensors(config: LlamaConfig) -> dict[str, Tensor]:
-    """Every tensor of the model by Hugging Face's name; a weight with no row raises KeyError."""
-    table = {}
-    for path, leaf in leaves(config).items():
-        name, contracted = NAMES[path]
-        if path.startswith("blocks."):
-            for layer in range(config.layers):
-                table[name.format(layer)] = Tensor(path, layer, leaf.shape[1:], contracted)
-        else:
-            table[name] = Tensor(path, ..., leaf.shape, contracted)
-    return table
-
-
-def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path) -> None:
-    """Writes a folder that transformers opens: fp32 weights, config and tokenizer.
+def export(
+    weights: Weights,
+    config: LlamaConfig,
+    tokenizer: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    facts: model_card.RunFacts | None = None,
+) -> None:
+    """Writes a folder that transformers opens: weights, config, tokenizer, model card and hashes.
 
     The folder appears whole or not at all. An earlier export in its place is replaced.
 
     Args:
-      weights: as `llama.init_weights` gives them, in any float dtype.
+      weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`: of those only
+        one weight of all layers is in memory at a time.
       config: the model they belong to.
       tokenizer: the sentencepiece model it was trained with.
       folder: where to write.
+      dtype: of the tensors written: float32, bfloat16 or float16.
+      max_shard_bytes: of a file of weights; a model above it goes into several, with an index.
+      facts: of the run, for the model card.
 
     Raises:
-      UserError: weights that are not finite or do not fit the config, another number of pieces
-        than `config.vocab_size`, a model or tokenizer that transformers cannot express, or a
-        folder that holds anything but an earlier export, which stays untouched.
+      UserError: weights that are not finite or do not fit the config or the dtype, another number
+        of pieces than `config.vocab_size`, a model or tokenizer that transformers cannot express,
+        or a folder that holds anything but an earlier export, which stays untouched.
     """
     tokenizer, folder = Path(tokenizer), Path(folder).resolve()
     require_replaceable(folder)
@@ -141,27 +104,8 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
         f"({config.query_heads}) does not divide: such a model can only be used here.",
     )
     table = tokenizer_json(tokenizer)
-    pieces = len(table["model"]["vocab"])
-    require(
-        pieces == config.vocab_size,
-        f"{tokenizer} has {pieces} pieces and the model {config.vocab_size}: "
-        "give the tokenizer that the model was trained with.",
-    )
-    flat = named_leaves(weights)
-    wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
-    for path in sorted(flat.keys() | wanted.keys()):
-        found = np.shape(flat[path]) if path in flat else None
-        require(
-            found == wanted.get(path),
-            f"Weight {path} has shape {found} and the config asks for {wanted.get(path)}: "
-            "give the config of the run that the weights come from.",
-        )
-        flat[path] = np.asarray(flat[path], np.float32)
-        require(
-            bool(np.isfinite(flat[path]).all()),
-            f"Weight {path} holds values that are not finite: export an earlier checkpoint.",
-        )
-
+    require_pieces(tokenizer, len(table["model"]["vocab"]), config)
+    require_shapes(weights, config)
     ids = special_tokens(tokenizer)
     written = {token["id"]: token for token in table["added_tokens"]}
     special = {name: written[index]["content"] for name, index in ids.items()}
@@ -173,14 +117,15 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
         "config.json": {
             "architectures": ["LlamaForCausalLM"],
             **FIXED,
+            "tie_word_embeddings": False,
             **{key: getattr(config, field) for key, field in FIELDS.items()},
             # transformers 5 reads the first of these and `dtype`, transformers 4 the others.
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}
             | (scaling or {}),
             "rope_theta": config.rope_base,
             "rope_scaling": scaling,
-            "dtype": "float32",
-            "torch_dtype": "float32",
+            "dtype": dtype,
+            "torch_dtype": dtype,
             "initializer_range": llama.init_std(config),
             "attention_dropout": 0.0,
             "use_cache": True,
@@ -205,21 +150,43 @@ def export(weights: Weights, config: LlamaConfig, tokenizer: Path, folder: Path)
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     try:
-        stored = {
-            name: tensor.to_hf(flat[tensor.path][tensor.index])
-            for name, tensor in tensors(config).items()
-        }
-        safetensors.numpy.save_file(stored, partial / "model.safetensors", {"format": "pt"})
-        shutil.copyfile(tokenizer, partial / "tokenizer.model")
-        # Safetensors leaves its file to its owner alone; the export is as open as any other file.
-        shutil.copymode(partial / "tokenizer.model", partial / "model.safetensors")
+        shapes = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
+        parts = stream(weights, config, dtype)
+        safetensors_files.write(partial, shapes, dtype, max_shard_bytes, parts)
+        shutil.copyfile(tokenizer, partial / TOKENIZER)
         for name, values in jsons.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
+        hashes = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
+        (partial / HASHES).write_text(json.dumps(hashes, indent=1))
+        # Not hashed: its readers may have more to say.
+        card = model_card.render(folder.name, config, dtype, facts)
+        (partial / CARD).write_text(card, encoding="utf-8")
         replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:
+    """Raises `UserError` if the tokenizer has another number of pieces than the model."""
+    require(
+        pieces == config.vocab_size,
+        f"{tokenizer} has {pieces} pieces and the model {config.vocab_size}: "
+        "give the tokenizer that the model was trained with.",
+    )
+
+
+def require_shapes(weights: Weights, config: LlamaConfig) -> None:
+    """Raises `UserError` unless the weights, read or not, are those of the config."""
+    found = {path: np.shape(leaf) for path, leaf in named_leaves(weights).items()}
+    wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
+    for path in sorted(found.keys() | wanted.keys()):
+        require(
+            found.get(path) == wanted.get(path),
+            f"Weight {path} has shape {found.get(path)} and the config asks for "
+            f"{wanted.get(path)}: give the config of the run that the weights come from.",
+        )
 
 
 def require_replaceable(folder: Path) -> None:
@@ -229,9 +196,10 @@ def require_replaceable(folder: Path) -> None:
     cure = "choose another folder, or move it away."
     require(folder.is_dir(), f"{folder} is a file: {cure}")
     found = {path.name for path in folder.iterdir()}
-    require({"config.json", "model.safetensors"} <= found, f"{folder} is no export: {cure}")
-    strange = ", ".join(sorted(found - FILES))
-    require(not strange, f"{folder} holds {strange}, which no export wrote: {cure}")
+    # A folder from elsewhere has no hashes.
+    require({"config.json", HASHES} <= found, f"{folder} is no export: {cure}")
+    foreign = sorted(name for name in found - FILES if not safetensors_files.is_file_name(name))
+    require(not foreign, f"{folder} holds {', '.join(foreign)}, which no export wrote: {cure}")
     architectures = read_json(folder / "config.json").get("architectures")
     require(architectures == ["LlamaForCausalLM"], f"{folder} holds another model: {cure}")
 
@@ -249,109 +217,174 @@ def replace(new: Path, folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): download or export it again.") from error
 
 
 def config_from_hf(path: Path) -> LlamaConfig:
-    """Reads config.json as transformers 4 and 5 write it."""
+    """Reads config.json as transformers 4 and 5 write it.
+
+    Raises:
+      UserError: it is damaged, or of a model that is not a Llama 2, named by what is unsupported.
+    """
     values = read_json(path)
+    for key in ABSENT:
+        require(
+            values.get(key) is None,
+            f"{path} has {key} {values.get(key)!r}, which this model has not: choose a Llama 2.",
+        )
     # What transformers itself assumes where a key is left out.
-    rope = {"rope_theta": values.get("rope_theta", 10_000.0), "factor": 1.0}
-    rope |= values.get("rope_scaling") or values.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = "linear" if kind == "linear" else "default"
-    found = {**FIXED, "model_type": None, "partial_rotary_factor": 1.0, **values, "rope_type": kind}
-    for key, value in {**FIXED, "partial_rotary_factor": 1.0, "rope_type": known}.items():
+    found = {**FIXED, "model_type": None, "partial_rotary_factor": 1.0, **values}
+    for key, value in {**FIXED, "partial_rotary_factor": 1.0}.items():
         require(
             found[key] == value,
             f"{path} has {key} {found[key]!r} and this model {value!r}: choose a Llama 2 without "
-            "biases, tied embeddings or a RoPE scaling other than linear.",
+            "biases.",
         )
     try:
+        rope = _rope(path, values)
         heads = values["num_attention_heads"]
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
         values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
-        return LlamaConfig(
-            **{field: values[key] for key, field in FIELDS.items()},
-            rope_base=float(rope["rope_theta"]),
-            rope_factor=float(rope["factor"]) if kind == "linear" else 1.0,
-        )
+        fields = {field: values[key] for key, field in FIELDS.items()}
+        rope["norm_eps"] = fields.pop("norm_eps")
+        # A bool is an int to Python.
+        if not all(type(size) is int and size <= LARGEST for size in fields.values()):
+            raise ValueError(f"sizes {fields}")
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in rope.values()):
+            raise ValueError(f"{rope}")
+        numbers: dict[str, Any] = {**fields, **{name: float(x) for name, x in rope.items()}}
+        return LlamaConfig(**numbers)
     except KeyError as error:
         raise UserError(
             f"{path} has no {error}: save the model again with transformers."
         ) from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(
             f"{path} holds a value that cannot be ({error}): download or export it again."
         ) from error
 
 
+def _rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's fields of `LlamaConfig`, from wherever config.json has them; more than once, if so."""
+    found: dict[str, Any] = {}
+    parts = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
+    parts += [{"rope_theta": values["rope_theta"]}] if "rope_theta" in values else []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise TypeError(f"RoPE {part!r}")
+        for key, value in part.items():
+            key = "rope_type" if key == "type" else key
+            require(
+                key != "rope_type" or value in ("linear", "default"),
+                f"{path} has rope_type {value!r}, and this model only 'default' and 'linear': "
+                "choose a Llama without it.",
+            )
+            require(
+                found.setdefault(key, value) == value,
+                f"{path} has {key} {found[key]!r} and {value!r}: leave one of them.",
+            )
+    factor = found["factor"] if found.get("rope_type") == "linear" else 1.0
+    # The base where none is given is what transformers assumes.
+    return {"rope_base": found.get("rope_theta", 10_000.0), "rope_factor": factor}
+
+
 def is_hf_folder(folder: Path) -> bool:
     """Whether a folder holds a model as transformers saves it, in one file or in several."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((folder / name).is_file() for name in names)
+    return safetensors_files.is_weights_folder(Path(folder))
 
 
-def weights_file(folder: Path) -> Path:
-    """The one file of a folder's weights. Raises `UserError` if they are not in one."""
-    file = Path(folder) / "model.safetensors"
-    require(file.is_file(), f"There is no {file}, be it sharded or in another format: {SAVE_AGAIN}")
-    return file
+def weights_sha256(folder: Path) -> str:
+    """The hash of a folder's file of weights; of several, the hash of their hashes."""
+    found = [file_sha256(file) for file in safetensors_files.weights_files(folder)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
+    """A Llama 2 that transformers or `export` saved, its weights not read yet.
+
+    Args:
+      folder: holds config.json and safetensors in fp32, bf16 or fp16, in one file or in several,
+        with or without a head of its own; and in an export `sha256.json`, which is compared.
+
+    Returns:
+      The config, and the weights as `Unread` that give fp32. A head that is tied to the embedding
+      is one of its own here.
+
+    Raises:
+      UserError: a file that is not what was exported, another architecture, damaged files, and
+        tensors that are missing, too many or of another shape. Reading a weight raises it for
+        values that are not finite.
+    """
+    folder = Path(folder)
+    _compare_hashes(folder)
+    file = folder / "config.json"
+    config, stored = config_from_hf(file), Stored(folder)
+    tied = read_json(file).get("tie_word_embeddings", False)
+    require(type(tied) is bool, f"{file} has tie_word_embeddings {tied!r}: make it true or false.")
+    numbers = {name.split(".")[2] for name in stored.where if name.startswith("model.layers.")}
+    require(
+        config.layers == len(numbers),
+        f"{file} has {config.layers} layers and the weights {len(numbers)}: download both again.",
+    )
+    # Older versions of transformers saved RoPE's frequencies, which config.json gives as well.
+    found = {name for name in stored.where if not name.endswith(".rotary_emb.inv_freq")}
+    wanted = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
+    for name in sorted((found ^ wanted.keys()) - ({HEAD} if tied else set())):
+        state = "is missing from" if name in wanted else "is unknown in"
+        raise UserError(f"Tensor {name} {state} {folder}: choose a Llama 2, or download it again.")
+    for name in sorted(found):
+        require(
+            stored.shapes[name] == wanted[name],
+            f"Tensor {name} of {stored.where[name]} is {stored.shapes[name]} and {file} asks for "
+            f"{wanted[name]}: download both again.",
+        )
+    if tied and HEAD in found:
+        require(
+            bool(np.array_equal(stored[EMBEDDING], stored[HEAD])),
+            f"{file} says that {HEAD} is tied to the embedding, and the weights hold another: set "
+            "tie_word_embeddings to what is true.",
+        )
+
+    def read(name: str) -> np.ndarray:
+        return stored[EMBEDDING if tied and name == HEAD else name]
+
+    return config, unread_tensors(config, read)
+
+
+def _compare_hashes(folder: Path) -> None:
+    """Raises `UserError` if a file of an export is not what was written; others have no hashes."""
+    if not (folder / HASHES).is_file():
+        return
+    wanted = read_json(folder / HASHES)
+    needed = {"config.json", *(file.name for file in safetensors_files.weights_files(folder))}
+    require(needed <= wanted.keys(), f"{folder / HASHES} is damaged: export the folder again.")
+    for name, digest in wanted.items():
+        file = folder / Path(name).name
+        require(
+            file.is_file() and file_sha256(file) == digest,
+            f"{file} is not what was exported: export it again, or remove {HASHES} if the change "
+            "is meant.",
+        )
 
 
 def load(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """Reads a Llama 2 that transformers or `export` saved.
-
-    Args:
-      folder: holds config.json and one model.safetensors in fp32, bf16 or fp16.
-
-    Returns:
-      The config, and the weights as fp32 NumPy arrays shaped like `llama.init_weights`.
-
-    Raises:
-      UserError: another architecture, sharded or unreadable weights, and tensors that are
-        missing, too many, of another shape or dtype, or not finite.
-    """
-    config = config_from_hf(Path(folder) / "config.json")
-    file, again = weights_file(folder), SAVE_AGAIN
-    table = tensors(config)
-    flat = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves(config).items()}
-    try:
-        with safetensors.safe_open(file, framework="numpy") as stored:
-            for name in sorted(stored.keys() ^ table.keys()):
-                state = "is missing from" if name in table else "is unknown in"
-                raise UserError(f"Tensor {name} {state} {file}: {again}")
-            for name, tensor in table.items():
-                part = stored.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                require(
-                    shape == tensor.hf_shape and dtype in ("F32", "BF16", "F16"),
-                    f"Tensor {name} of {file} is {dtype} {shape}, not {tensor.hf_shape} "
-                    f"in fp32, bf16 or fp16: {again}",
-                )
-                array = stored.get_tensor(name).astype(np.float32)
-                require(
-                    bool(np.isfinite(array).all()),
-                    f"Tensor {name} of {file} holds values that are not finite: "
-                    "take another checkpoint.",
-                )
-                flat[tensor.path][tensor.index] = tensor.to_ours(array)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): download or export it again.") from error
-    return config, traverse_util.unflatten_dict(flat, sep=".")
+    """What `open_folder` opens, read: the weights as fp32 NumPy arrays. Raises what it raises."""
+    config, weights = open_folder(folder)
+    return config, jax.tree.map(np.asarray, weights)
 
 
 def verify_export(folder: Path) -> list[str]:
     """Reads all of a folder as `load` does, and its tokenizer if it has one.
 
     Returns:
-      What is bad, a line each; none for a folder that is whole. There is no hash to compare with:
-      a flipped bit that leaves a number finite is not seen.
+      What is bad, a line each; none for a folder that is whole. Where there is no `sha256.json`, as
+      in folders from elsewhere, a flipped bit that leaves a number finite is not seen.
     """
     bad = []
     try:
-        load(folder)
+        for weight in jax.tree.leaves(open_folder(folder)[1]):
+            np.asarray(weight)
     except UserError as error:
         bad.append(str(error))
     try:
@@ -362,13 +395,14 @@ def verify_export(folder: Path) -> list[str]:
     return bad
 
 
-def check(folder: Path, config: LlamaConfig, weights: Weights) -> float:
+def check(folder: Path, config: LlamaConfig, weights: Weights, dtype: str = "float32") -> float:
     """Opens an exported folder with transformers and compares its logits with ours, in fp32.
 
     Args:
       folder: as `export` wrote it.
       config: the model that was exported.
-      weights: as `llama.init_weights` gives them.
+      weights: as `llama.init_weights` gives them, or `Unread`.
+      dtype: what they were rounded to on the way; ours are rounded alike.
 
     Returns:
       The largest absolute difference, over random tokens of the whole vocabulary.
@@ -384,7 +418,7 @@ def check(folder: Path, config: LlamaConfig, weights: Weights) -> float:
             "Comparing with transformers needs torch: pip install 'tinyllama-jax[torch]'."
         ) from error
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype(jnp.float32), weights)
     apply = jax.jit(functools.partial(llama.apply, config))
     generator, largest = np.random.default_rng(0), 0.0
     for length in sorted({min(length, config.context) for length in (1, 7, 64, 256)}):

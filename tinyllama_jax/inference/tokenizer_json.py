@@ -52,17 +52,16 @@ def special_tokens(tokenizer: Path) -> dict[str, int]:
     return {f"{name}_token": index for name, index in ids.items()}
 
 
-def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
-    """The content of tokenizer.json: a sentencepiece BPE model as transformers' own BPE.
+def read_pieces(tokenizer: Path) -> tuple[list[str], list[float], list[int], bool]:
+    """A sentencepiece BPE model that other runtimes can take over with the same ids.
 
-    Args:
-      tokenizer: the sentencepiece model.
+    Returns:
+      By id the pieces, their scores and their kinds; and whether a space goes before a text.
 
     Raises:
-      UserError: no such file, no sentencepiece model, or one that this cannot express exactly.
+      UserError: no such file, no sentencepiece model, or one that they cannot express exactly.
     """
-    tokenizer = Path(tokenizer)
-    unknown = special_tokens(tokenizer)["unk_token"]
+    special_tokens(tokenizer)
     # Numbers and defaults of the fields are those of sentencepiece_model.proto.
     pieces, trainer, normalizer = [], {3: 1, 24: 0, 35: 0}, {2: b"", 3: 1, 4: 1, 5: 1}
     for number, value in protobuf_fields(tokenizer.read_bytes()):
@@ -71,11 +70,9 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
         elif number in (2, 3):
             (trainer if number == 2 else normalizer).update(protobuf_fields(value))
     names = [piece[1].decode() for piece in pieces]
-    scores = {
-        name: struct.unpack("<f", piece[2])[0]
-        for name, piece in zip(names, pieces, strict=True)
-        if piece[3] == NORMAL
-    }
+    all_scores = [struct.unpack("<f", piece[2])[0] for piece in pieces]
+    kinds = [piece[3] for piece in pieces]
+    scores = _normal(names, all_scores, kinds)
     equals = defaultdict(list)
     for name, score in scores.items():
         if len(name) > 1:
@@ -87,7 +84,7 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
         "remove_extra_whitespaces=False": not normalizer[4],
         "escape_whitespaces=True": normalizer[5],
         "treat_whitespace_as_suffix=False": not trainer[24],
-        "user_defined_symbols=[]": {p[3] for p in pieces} <= {NORMAL, UNKNOWN, CONTROL, BYTE},
+        "user_defined_symbols=[]": set(kinds) <= {NORMAL, UNKNOWN, CONTROL, BYTE},
         "a piece for every character": all(c in scores for name in scores for c in name),
         # Runs of one character are no trouble, see below.
         "a score of its own for every piece": all(
@@ -96,10 +93,30 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
     }.items():
         require(
             bool(holds),
-            f"{tokenizer} was not trained with {option}, without which tokenizer.json cannot "
+            f"{tokenizer} was not trained with {option}, without which no other runtime can "
             "express it exactly: train one that is.",
         )
+    return names, all_scores, kinds, bool(normalizer[3])
 
+
+def _normal(names: list[str], scores: list[float], kinds: list[int]) -> dict[str, float]:
+    """Scores of the pieces that merges make."""
+    table = zip(names, scores, kinds, strict=True)
+    return {name: score for name, score, kind in table if kind == NORMAL}
+
+
+def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
+    """The content of tokenizer.json: a sentencepiece BPE model as transformers' own BPE.
+
+    Args:
+      tokenizer: the sentencepiece model.
+
+    Raises:
+      UserError: no such file, no sentencepiece model, or one that this cannot express exactly.
+    """
+    tokenizer = Path(tokenizer)
+    names, all_scores, kinds, prefix = read_pieces(tokenizer)
+    scores = _normal(names, all_scores, kinds)
     merges = [
         (name[:cut], name[cut:])
         for name in scores
@@ -110,7 +127,6 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
     # of spaces one score: among them the leftmost is the run that has already grown longest.
     merges.sort(key=lambda merge: (-scores["".join(merge)], -len(merge[0])))
     space = {"String": "\u2581"}
-    prefix = bool(normalizer[3])
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     prepend = [{"type": "Prepend", "prepend": "\u2581"}]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
@@ -122,8 +138,8 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [
             {"id": index, "content": names[index], **flags, "special": True}
-            for index, piece in enumerate(pieces)
-            if piece[3] in (UNKNOWN, CONTROL)
+            for index, kind in enumerate(kinds)
+            if kind in (UNKNOWN, CONTROL)
         ],
         "normalizer": {"type": "Sequence", "normalizers": prepend * prefix + escape},
         "pre_tokenizer": None,
@@ -135,7 +151,7 @@ def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": names[unknown],
+            "unk_token": names[kinds.index(UNKNOWN)],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,

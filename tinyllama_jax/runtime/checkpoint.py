@@ -15,12 +15,14 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tinyllama_jax.config import (
@@ -212,7 +214,7 @@ class Checkpoints:
                 if damage is None:
                     if not self._read_only:
                         self._move_aside(passed)
-                    return step, self._run_values(step)
+                    return step, self.run_values(step)
                 print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
                 passed.append(step)
             require(
@@ -281,6 +283,28 @@ class Checkpoints:
         args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract_weights))
         return self._manager.restore(step, args=args)["weights"]
 
+    def weight_reader(
+        self, step: int, abstract_weights: dict[str, Any]
+    ) -> Callable[[str], np.ndarray]:
+        """What reads one weight of a checkpoint, by its dotted path, and nothing else.
+
+        Raises:
+          UserError: the checkpoint holds other weights.
+        """
+        self._compare(step, "weights", abstract_weights)
+        folder = self.folder / str(step) / "weights"
+
+        def read(path: str) -> np.ndarray:
+            args = ocp.args.PyTreeRestore(
+                _nested(path, 0),
+                restore_args=_nested(path, ocp.RestoreArgs(restore_type=np.ndarray)),
+                partial_restore=True,
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return named_leaves(checkpointer.restore(folder, args=args))[path]
+
+        return read
+
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
         metadata = self._manager.item_metadata(step)[item]
         found = {
@@ -319,7 +343,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
 
-    def _run_values(self, step: int) -> dict[str, Any]:
+    def run_values(self, step: int) -> dict[str, Any]:
         # As Orbax wrote them, but without its manager, whose restore waits for the other processes.
         return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
@@ -332,7 +356,7 @@ class Checkpoints:
             # A process killed between Orbax's rename and the hashing leaves it whole; a machine
             # that lost its power may not have.
             try:
-                self._run_values(step)
+                self.run_values(step)
             except Exception as error:  # Orbax's and JSON's own errors share no class
                 return f"its run values cannot be read ({type(error).__name__})"
             return None
@@ -353,6 +377,11 @@ def _hashes(folder: Path, item: str = ".") -> dict[str, str]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             hashes[str(path.relative_to(folder))] = digest
     return hashes
+
+
+def _nested(path: str, leaf: Any) -> dict[str, Any]:
+    """The tree of one leaf at a dotted path."""
+    return traverse_util.unflatten_dict({path: leaf}, sep=".")
 
 
 def _describe(array: tuple[tuple[int, ...], str] | None) -> str:

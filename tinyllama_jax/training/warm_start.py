@@ -73,10 +73,9 @@ def find_source(config: Config) -> Source | None:
             huggingface.config_from_hf(folder / "config.json") if theirs else model_of_run(folder)
         )
         _compare(folder, model, config)
-        file = huggingface.weights_file(folder) if theirs else None
     checkpoint = None
-    if file is not None:
-        digest = processes.from_first(lambda: file_sha256(file))
+    if theirs:
+        digest = processes.from_first(lambda: huggingface.weights_sha256(folder))
     else:
         checkpoint = open_checkpoint(folder, step)
         step = checkpoint[1]
