@@ -1,5 +1,6 @@
 """Eight fake devices, and a run small enough to be stopped, killed and compared bit by bit."""
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = COMPILED.name + "/datasets"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder, write_token_files
@@ -37,7 +39,12 @@ from tinyllama_jax.data.corpus import prepare_corpus
 from tinyllama_jax.data.documents import Document
 from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import train_tokenizer
+from tinyllama_jax.inference import huggingface
+from tinyllama_jax.model import llama
+from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
+from tinyllama_jax.training import loop
+from tinyllama_jax.training.step import init_state
 
 VOCAB = 400
 
@@ -50,6 +57,21 @@ SMALL = LlamaConfig(
     head_width=8,
     swiglu_width=80,
     context=64,
+)
+
+
+# No two sizes alike, so that no transposed tensor fits.
+ODD = LlamaConfig(
+    vocab_size=600,
+    layers=3,
+    width=24,
+    query_heads=4,
+    kv_heads=2,
+    head_width=10,
+    swiglu_width=34,
+    context=32,
+    rope_base=7e3,
+    norm_eps=1e-4,
 )
 
 
@@ -132,3 +154,45 @@ def config(data, tmp_path) -> Config:
 def mesh():
     """One device."""
     return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory):
+    from test_tokenizer_json import train
+
+    return train(tmp_path_factory.mktemp("tokenizer") / "small.model")
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """Random everywhere, gains included, so that no two tensors can be taken for each other."""
+    generator = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * generator.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree.map(draw, llama.abstract_weights(ODD))
+
+
+@pytest.fixture(scope="session")
+def exported(weights, small_tokenizer, tmp_path_factory):
+    """One export for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    huggingface.export(weights, ODD, small_tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def source(config, mesh):
+    """A run of two checkpoints, of random states, as it lies on disk."""
+    folder = Path(config.run_folder).with_name("source")
+    source = dataclasses.replace(config, run_folder=str(folder))
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(folder, CheckpointConfig(every=1))
+        for step in (9, 10):
+            state = init_state(dataclasses.replace(config, seed=step), mesh)
+            state |= {"step": state["step"] + step, "skipped": state["skipped"] + 1}
+            checkpoints.save(state, {"rows": step, "fingerprint": {}, "config": {}})
+        checkpoints.close()
+    loop._describe_run(folder, source, mesh, None)
+    return folder

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import SMALL
+from conftest import ODD, SMALL
 from test_cli import exit_code
-from test_huggingface import CONFIG, edit_json, exported, small_tokenizer, weights  # noqa: F401
-from test_warm_start import source, weights_of  # noqa: F401
+from test_huggingface import edit_json
+from test_warm_start import weights_of
 
 from tinyllama_jax.config import UserError
 from tinyllama_jax.inference import conversion, huggingface, litgpt
+from tinyllama_jax.inference.gguf import export_gguf
 from tinyllama_jax.inference.safetensors_files import INDEX, split
-from tinyllama_jax.inference.tensors import tensors
+from tinyllama_jax.inference.tensors import NAMES, unread_weights
 from tinyllama_jax.runtime.mesh import named_leaves
 
 
@@ -30,10 +32,10 @@ def assert_same(found, wanted):
 
 
 @pytest.fixture
-def sharded(weights, small_tokenizer, tmp_path):  # noqa: F811
+def sharded(weights, small_tokenizer, tmp_path):
     """An export in several files."""
     folder = tmp_path / "sharded"
-    huggingface.export(weights, CONFIG, small_tokenizer, folder, max_shard_bytes=60_000)
+    huggingface.export(weights, ODD, small_tokenizer, folder, max_shard_bytes=60_000)
     return folder
 
 
@@ -44,14 +46,14 @@ def test_shards_hold_as_many_tensors_as_fit_and_at_least_one():
     assert split(shapes, "bfloat16", 1000) == [list(shapes)]
 
 
-def test_a_sharded_export_is_read_back_and_is_what_the_library_reads(sharded, weights):  # noqa: F811
+def test_a_sharded_export_is_read_back_and_is_what_the_library_reads(sharded, weights):
     files = sorted(sharded.glob("*.safetensors"))
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     assert len(files) > 2 and [file.name for file in files] == names
     index = json.loads((sharded / INDEX).read_text())
     held = {name: file.name for file in files for name in safetensors.numpy.load_file(file)}
     assert index["weight_map"] == held
-    assert index["metadata"]["total_size"] == 4 * CONFIG.parameters()
+    assert index["metadata"]["total_size"] == 4 * ODD.parameters()
     for file in files:
         stored = safetensors.numpy.load_file(file)
         assert sum(array.nbytes for array in stored.values()) <= 60_000 or len(stored) == 1
@@ -60,36 +62,36 @@ def test_a_sharded_export_is_read_back_and_is_what_the_library_reads(sharded, we
 
 
 @pytest.mark.torch
-def test_transformers_opens_a_sharded_export_in_bf16(weights, small_tokenizer, tmp_path):  # noqa: F811
+def test_transformers_opens_a_sharded_export_in_bf16(weights, small_tokenizer, tmp_path):
     huggingface.export(
         weights,
-        CONFIG,
+        ODD,
         small_tokenizer,
         tmp_path / "model",
         dtype="bfloat16",
         max_shard_bytes=60_000,
     )
-    assert huggingface.check(tmp_path / "model", CONFIG, weights, "bfloat16") < 2e-5
-    assert huggingface.check(tmp_path / "model", CONFIG, weights, "float32") > 1e-3
+    assert huggingface.check(tmp_path / "model", ODD, weights, "bfloat16") < 2e-5
+    assert huggingface.check(tmp_path / "model", ODD, weights, "float32") > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_rounded_once(dtype, weights, small_tokenizer, tmp_path):  # noqa: F811
-    huggingface.export(weights, CONFIG, small_tokenizer, tmp_path / "model", dtype=dtype)
+def test_half_precision_is_rounded_once(dtype, weights, small_tokenizer, tmp_path):
+    huggingface.export(weights, ODD, small_tokenizer, tmp_path / "model", dtype=dtype)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == dtype
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), weights)
     assert_same(huggingface.load(tmp_path / "model")[1], rounded)
 
 
-def test_a_weight_above_fp16_is_refused_and_nothing_is_left(weights, small_tokenizer, tmp_path):  # noqa: F811
+def test_a_weight_above_fp16_is_refused_and_nothing_is_left(weights, small_tokenizer, tmp_path):
     large = {**weights, "norm_D": weights["norm_D"].at[3].set(7e4)}
     with pytest.raises(UserError, match="norm_D holds values too large for float16"):
-        huggingface.export(large, CONFIG, small_tokenizer, tmp_path / "out", dtype="float16")
+        huggingface.export(large, ODD, small_tokenizer, tmp_path / "out", dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stored", ["no head", "the same head"])
-def test_a_tied_head_is_the_embedding(stored, exported, weights, tmp_path):  # noqa: F811
+def test_a_tied_head_is_the_embedding(stored, exported, weights, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "tied"))
     (folder / huggingface.HASHES).unlink()
     edit_json(folder / "config.json", tie_word_embeddings=True)
@@ -133,11 +135,26 @@ def test_an_export_knows_every_flipped_bit(sharded):
     huggingface.load(sharded)
 
 
+def test_one_weight_of_all_layers_is_in_memory_at_a_time(weights, small_tokenizer, tmp_path):
+    alive = []
+
+    def read(path):
+        assert not any(array() is not None for array in alive), f"another is there beside {path}"
+        array = np.array(named_leaves(weights)[path])
+        alive.append(weakref.ref(array))
+        return array
+
+    unread = unread_weights(ODD, read)
+    huggingface.export(unread, ODD, small_tokenizer, tmp_path / "hf", dtype="bfloat16")
+    export_gguf(unread, ODD, small_tokenizer, tmp_path / "model.gguf")
+    assert len(alive) == 2 * len(NAMES)
+
+
 # Runs.
 
 
 def test_a_run_is_converted_with_the_weights_of_the_step(
-    source,  # noqa: F811
+    source,
     config,
     mesh,
     tmp_path,
@@ -157,7 +174,7 @@ def test_a_run_is_converted_with_the_weights_of_the_step(
     assert_same(huggingface.load(tmp_path / "half")[1], halves)
 
 
-def test_all_steps_go_into_folders_of_their_own(source, config, mesh, tmp_path):  # noqa: F811
+def test_all_steps_go_into_folders_of_their_own(source, config, mesh, tmp_path):
     argv = ["convert", source, tmp_path / "all", "--to", "hf", "--step", "all"]
     assert exit_code(argv) == exit_code(argv) == 0
     names = {path.name for path in (tmp_path / "all").iterdir()}
@@ -188,7 +205,7 @@ def test_names_of_small_runs_are_their_own():
     assert {count: conversion.short_count(count) for count in counts} == counts
 
 
-def test_the_card_tells_what_the_runs_files_tell(source, config, tmp_path):  # noqa: F811
+def test_the_card_tells_what_the_runs_files_tell(source, config, tmp_path):
     lines = [
         {"step": 8, "train/loss": 3.25, "data/prose/tokens": 400, "data/code/tokens": 112},
         {"step": 6, "val/prose/loss": 2.5, "val/prose/bpb": 1.125},
@@ -215,7 +232,7 @@ def test_the_card_tells_what_the_runs_files_tell(source, config, tmp_path):  # n
     assert "| code |  |  |" in card  # what was read up to step 10 is written nowhere
 
 
-def test_a_mistaken_option_of_convert_leaves_nothing(source, tmp_path, capsys):  # noqa: F811
+def test_a_mistaken_option_of_convert_leaves_nothing(source, tmp_path, capsys):
     out = tmp_path / "out"
     for to, argv, words in (
         ("hf", ["--max-shard-size", "5"], "give it as 5GB"),
@@ -232,7 +249,7 @@ def test_a_mistaken_option_of_convert_leaves_nothing(source, tmp_path, capsys): 
         assert not out.exists()
 
 
-def test_a_damaged_checkpoint_stops_all_steps_before_the_first(source, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_stops_all_steps_before_the_first(source, tmp_path, capsys):
     weights_ = source / "checkpoints" / "10" / "weights"
     file = max(weights_.rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
@@ -245,31 +262,44 @@ def test_a_damaged_checkpoint_stops_all_steps_before_the_first(source, tmp_path,
 # The original's checkpoints.
 
 
-def fuse(stored, config):
-    """A Hugging Face model's tensors as lit-gpt has them, row by row."""
+# Hugging Face's names -> TinyLlama's, as its lit_gpt/model.py has them; query, key and value apart.
+ORIGINAL = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers.{}.input_layernorm": "transformer.h.{}.norm_1",
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.proj",
+    "model.layers.{}.post_attention_layernorm": "transformer.h.{}.norm_2",
+    "model.layers.{}.mlp.gate_proj": "transformer.h.{}.mlp.swiglu.w1",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.swiglu.w2",
+    "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.swiglu.w3",
+    "model.norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+}
+
+
+def as_the_original(stored, config):
+    """A Hugging Face model's tensors as lit-gpt has them, query, key and value row by row."""
     H, group = config.head_width, config.query_heads // config.kv_heads
-    fused = {}
-    for name, tensor in tensors(config).items():
-        litgpt_name = litgpt.LITGPT_NAMES[tensor.path].format(*name.split(".")[2:3])
-        if "q_proj" in name:
-            q, k, v = (stored[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
-            rows = []
-            for head in range(config.kv_heads):
-                rows += list(q[head * group * H : (head + 1) * group * H])
-                rows += list(k[head * H : (head + 1) * H]) + list(v[head * H : (head + 1) * H])
-            fused[litgpt_name] = np.stack(rows)
-        elif "k_proj" not in name and "v_proj" not in name:
-            fused[litgpt_name] = stored[name]
-    return fused
+    found = {}
+    for layer in range(config.layers):
+        for ours, theirs in ORIGINAL.items():
+            name = ours.format(layer) + ".weight"
+            found[theirs.format(layer) + ".weight"] = stored[name]
+        q, k, v = (stored[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in "qkv")
+        rows = []
+        for head in range(config.kv_heads):
+            rows += list(q[head * group * H : (head + 1) * group * H])
+            rows += list(k[head * H : (head + 1) * H]) + list(v[head * H : (head + 1) * H])
+        found[f"transformer.h.{layer}.attn.attn.weight"] = np.stack(rows)
+    return found
 
 
 @pytest.fixture
-def pth(exported, tmp_path):  # noqa: F811
+def pth(exported, tmp_path):
     """The original's file of the exported model, in a training state."""
     import torch
 
-    def save(edit=lambda stored: stored, name="lit.pth", **options):
-        stored = fuse(safetensors.numpy.load_file(exported / "model.safetensors"), CONFIG)
+    def save(edit=lambda model: model, name="lit.pth", **options):
+        stored = as_the_original(safetensors.numpy.load_file(exported / "model.safetensors"), ODD)
         model = {key: torch.from_numpy(array) for key, array in stored.items()}
         state = {"model": edit(model), "iter_num": 7, "optimizer": {"state": {}}}
         torch.save(state, tmp_path / name, **options)
@@ -279,10 +309,10 @@ def pth(exported, tmp_path):  # noqa: F811
 
 
 @pytest.mark.torch
-def test_the_originals_checkpoint_gives_the_same_weights(pth, weights):  # noqa: F811
-    assert_same(litgpt.open_litgpt(pth(), CONFIG), weights)
+def test_the_originals_checkpoint_gives_the_same_weights(pth, weights):
+    assert_same(litgpt.open_litgpt(pth(), ODD), weights)
     assert_same(
-        litgpt.open_litgpt(pth(lambda model: {k: v.bfloat16() for k, v in model.items()}), CONFIG),
+        litgpt.open_litgpt(pth(lambda model: {k: v.bfloat16() for k, v in model.items()}), ODD),
         jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), weights),
     )
 
@@ -290,15 +320,15 @@ def test_the_originals_checkpoint_gives_the_same_weights(pth, weights):  # noqa:
 @pytest.mark.torch
 def test_the_command_line_converts_the_originals_checkpoint(
     pth,
-    exported,  # noqa: F811
-    small_tokenizer,  # noqa: F811
+    exported,
+    small_tokenizer,
     tmp_path,
     capsys,
 ):
     file = tmp_path / "config.py"
     file.write_text(
         "from tinyllama_jax.config import *\n"
-        f"model = LlamaConfig(**{dataclasses.asdict(CONFIG)})\n"
+        f"model = LlamaConfig(**{dataclasses.asdict(ODD)})\n"
         "def get_config():\n"
         "    return Config('run', model, DataConfig(), steps=9000, batch_rows=1)\n"
     )
@@ -317,7 +347,7 @@ class Bomb:
 
 @pytest.mark.torch
 def test_litgpt_files_that_do_not_fit_are_refused(pth, tmp_path):
-    def refused(file, words, config=CONFIG):
+    def refused(file, words, config=ODD):
         with pytest.raises(UserError, match=words):
             jax.tree.map(np.asarray, litgpt.open_litgpt(file, config))
 
@@ -329,7 +359,7 @@ def test_litgpt_files_that_do_not_fit_are_refused(pth, tmp_path):
     refused(pth(lambda m: {**m, norm: m[norm] * np.nan}), "not finite")
     refused(pth(lambda m: {**m, norm: 3}), "int")
     refused(pth(lambda m: [m]), "unknown in")
-    refused(pth(), "transformer.h.3", dataclasses.replace(CONFIG, layers=4))
+    refused(pth(), "transformer.h.3", dataclasses.replace(ODD, layers=4))
     refused(pth(lambda m: {**m, "x": Bomb()}), "could run anything")
     refused(pth(name="old.pth", _use_new_zipfile_serialization=False), "torch 1.6")
     cut = pth(name="cut.pth")

@@ -6,7 +6,8 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from test_huggingface import CONFIG, changed, small_tokenizer, weights  # noqa: F401
+from conftest import ODD
+from test_huggingface import changed
 
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data.tokenizer import load_tokenizer
@@ -30,8 +31,8 @@ NAMES = {
 
 
 @pytest.fixture
-def read(weights, small_tokenizer, tmp_path):  # noqa: F811
-    def read(config=CONFIG):
+def read(weights, small_tokenizer, tmp_path):
+    def read(config=ODD):
         file = tmp_path / "model.gguf"
         export_gguf(weights, config, small_tokenizer, file)
         return gguf.GGUFReader(file)
@@ -39,14 +40,14 @@ def read(weights, small_tokenizer, tmp_path):  # noqa: F811
     return read
 
 
-def test_the_weights_come_back_with_the_permutation_undone(read, weights):  # noqa: F811
+def test_the_weights_come_back_with_the_permutation_undone(read, weights):
     stored = {tensor.name: tensor.data for tensor in read().tensors}
-    D, H = CONFIG.width, CONFIG.head_width
+    D, H = ODD.width, ODD.head_width
     for path, name in NAMES.items():
         whole = weights
         for key in path.split("."):
             whole = whole[key]
-        for layer in range(CONFIG.layers if "{}" in name else 1):
+        for layer in range(ODD.layers if "{}" in name else 1):
             ours = np.asarray(whole[layer] if "{}" in name else whole)
             found = np.array(stored.pop(name.format(layer)))
             if ours.ndim == 1:
@@ -70,7 +71,7 @@ def test_the_weights_come_back_with_the_permutation_undone(read, weights):  # no
 
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_the_config_is_told_in_llama_cpps_words(factor, read):
-    fields = read(dataclasses.replace(CONFIG, rope_factor=factor)).fields
+    fields = read(dataclasses.replace(ODD, rope_factor=factor)).fields
     found = {key: field.contents() for key, field in fields.items()}
     scaling = {
         "llama.rope.scaling.type": None if factor == 1 else "linear",
@@ -79,24 +80,24 @@ def test_the_config_is_told_in_llama_cpps_words(factor, read):
     wanted = {
         "general.architecture": "llama",
         "general.file_type": 1,
-        "llama.block_count": CONFIG.layers,
-        "llama.context_length": CONFIG.context,
-        "llama.embedding_length": CONFIG.width,
-        "llama.feed_forward_length": CONFIG.swiglu_width,
-        "llama.attention.head_count": CONFIG.query_heads,
-        "llama.attention.head_count_kv": CONFIG.kv_heads,
-        "llama.attention.key_length": CONFIG.head_width,
-        "llama.attention.value_length": CONFIG.head_width,
-        "llama.attention.layer_norm_rms_epsilon": np.float32(CONFIG.norm_eps),
-        "llama.rope.dimension_count": CONFIG.head_width,
-        "llama.rope.freq_base": CONFIG.rope_base,
-        "llama.vocab_size": CONFIG.vocab_size,
+        "llama.block_count": ODD.layers,
+        "llama.context_length": ODD.context,
+        "llama.embedding_length": ODD.width,
+        "llama.feed_forward_length": ODD.swiglu_width,
+        "llama.attention.head_count": ODD.query_heads,
+        "llama.attention.head_count_kv": ODD.kv_heads,
+        "llama.attention.key_length": ODD.head_width,
+        "llama.attention.value_length": ODD.head_width,
+        "llama.attention.layer_norm_rms_epsilon": np.float32(ODD.norm_eps),
+        "llama.rope.dimension_count": ODD.head_width,
+        "llama.rope.freq_base": ODD.rope_base,
+        "llama.vocab_size": ODD.vocab_size,
         **scaling,
     }
     assert {key: found.get(key) for key in wanted} == wanted
 
 
-def test_the_tokenizer_is_sentencepieces(read, small_tokenizer):  # noqa: F811
+def test_the_tokenizer_is_sentencepieces(read, small_tokenizer):
     found = {key: field.contents() for key, field in read().fields.items()}
     tokenizer = load_tokenizer(small_tokenizer)
     ids = range(tokenizer.get_piece_size())
@@ -122,27 +123,27 @@ def test_the_tokenizer_is_sentencepieces(read, small_tokenizer):  # noqa: F811
     }.items() <= found.items()
 
 
-def test_a_refused_export_leaves_what_stood_there(weights, small_tokenizer, tmp_path):  # noqa: F811
+def test_a_refused_export_leaves_what_stood_there(weights, small_tokenizer, tmp_path):
     file = tmp_path / "model.gguf"
     large = changed(weights, "head_DV", weights["head_DV"].at[2, 3].set(1e5))
     for edited, config, where, words in (
-        (large, CONFIG, file, "head_DV holds values too large for float16"),
-        (weights, dataclasses.replace(CONFIG, vocab_size=601), file, "600 pieces"),
-        (weights, CONFIG, tmp_path / "model.bin", "does not end in .gguf"),
+        (large, ODD, file, "head_DV holds values too large for float16"),
+        (weights, dataclasses.replace(ODD, vocab_size=601), file, "600 pieces"),
+        (weights, ODD, tmp_path / "model.bin", "does not end in .gguf"),
     ):
         with pytest.raises(UserError, match=words):
             export_gguf(edited, config, small_tokenizer, where)
         assert not list(tmp_path.iterdir())
     file.write_text("mine")
     with pytest.raises(UserError, match="no GGUF file"):
-        export_gguf(weights, CONFIG, small_tokenizer, file)
+        export_gguf(weights, ODD, small_tokenizer, file)
     assert file.read_text() == "mine"
 
 
-def test_an_earlier_file_is_replaced(read, weights, small_tokenizer, tmp_path):  # noqa: F811
+def test_an_earlier_file_is_replaced(read, weights, small_tokenizer, tmp_path):
     read()
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
-    export_gguf(other, CONFIG, small_tokenizer, tmp_path / "model.gguf")
+    export_gguf(other, ODD, small_tokenizer, tmp_path / "model.gguf")
     norm = next(
         tensor.data
         for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors

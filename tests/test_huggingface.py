@@ -9,49 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import ODD
 from flax import traverse_util
-from test_tokenizer_json import train
 
-from tinyllama_jax.config import LlamaConfig, UserError
+from tinyllama_jax.config import UserError
 from tinyllama_jax.inference import huggingface, safetensors_files, tensors
 from tinyllama_jax.model import llama
-
-CONFIG = LlamaConfig(
-    vocab_size=600,
-    layers=3,
-    width=24,
-    query_heads=4,
-    kv_heads=2,
-    head_width=10,
-    swiglu_width=34,
-    context=32,
-    rope_base=7e3,
-    norm_eps=1e-4,
-)
-
-
-@pytest.fixture(scope="session")
-def small_tokenizer(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer") / "small.model")
-
-
-@pytest.fixture(scope="session")
-def weights():
-    """Random everywhere, gains included, so that no two tensors can be taken for each other."""
-    generator = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(0.3 * generator.standard_normal(leaf.shape, np.float32))
-
-    return jax.tree.map(draw, llama.abstract_weights(CONFIG))
-
-
-@pytest.fixture(scope="session")
-def exported(weights, small_tokenizer, tmp_path_factory):
-    """One export for all tests that only read it."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    huggingface.export(weights, CONFIG, small_tokenizer, folder)
-    return folder
 
 
 @pytest.fixture
@@ -80,38 +43,38 @@ def edit_tensors(folder, edit):
 
 
 def test_table_of_names_covers_the_tree_both_ways():
-    ours = set(traverse_util.flatten_dict(llama.abstract_weights(CONFIG), sep="."))
+    ours = set(traverse_util.flatten_dict(llama.abstract_weights(ODD), sep="."))
     assert ours == set(tensors.NAMES)
-    table = tensors.tensors(CONFIG)
+    table = tensors.tensors(ODD)
     per_layer = sum("{}" in name for name, _ in tensors.NAMES.values())
-    assert len(table) == CONFIG.layers * per_layer + len(tensors.NAMES) - per_layer
+    assert len(table) == ODD.layers * per_layer + len(tensors.NAMES) - per_layer
     stored = sum(int(np.prod(tensor.hf_shape)) for tensor in table.values())
-    assert stored == CONFIG.parameters()
+    assert stored == ODD.parameters()
 
 
 def test_a_weight_without_a_row_raises(monkeypatch):
     monkeypatch.delitem(tensors.NAMES, "blocks.up_DF")
     with pytest.raises(KeyError, match="blocks.up_DF"):
-        tensors.tensors(CONFIG)
+        tensors.tensors(ODD)
 
 
 def test_load_returns_what_export_was_given_bit_for_bit(exported, weights):
     config, loaded = huggingface.load(exported)
-    assert config == CONFIG
+    assert config == ODD
     jax.tree.map(np.testing.assert_array_equal, loaded, weights)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
 
 
 def test_matrices_are_stored_out_by_in_with_heads_outermost(exported, weights):
     stored = safetensors.numpy.load_file(exported / "model.safetensors")
-    D, F, H, V = CONFIG.width, CONFIG.swiglu_width, CONFIG.head_width, CONFIG.vocab_size
+    D, F, H, V = ODD.width, ODD.swiglu_width, ODD.head_width, ODD.vocab_size
     shapes = {name: array.shape for name, array in stored.items()}
     assert (
         shapes.items()
         >= {
             "model.embed_tokens.weight": (V, D),
-            "model.layers.1.self_attn.k_proj.weight": (CONFIG.kv_heads * H, D),
-            "model.layers.1.self_attn.v_proj.weight": (CONFIG.kv_heads * H, D),
+            "model.layers.1.self_attn.k_proj.weight": (ODD.kv_heads * H, D),
+            "model.layers.1.self_attn.v_proj.weight": (ODD.kv_heads * H, D),
             "model.layers.1.mlp.gate_proj.weight": (F, D),
             "model.layers.1.mlp.up_proj.weight": (F, D),
             "model.layers.1.mlp.down_proj.weight": (D, F),
@@ -120,10 +83,10 @@ def test_matrices_are_stored_out_by_in_with_heads_outermost(exported, weights):
         }.items()
     )
     query = stored["model.layers.1.self_attn.q_proj.weight"]
-    assert query.shape == (CONFIG.query_heads * H, D)
+    assert query.shape == (ODD.query_heads * H, D)
     assert query[2 * H + 3, 5] == weights["blocks"]["query_DNH"][1, 5, 2, 3]
     output = stored["model.layers.2.self_attn.o_proj.weight"]
-    assert output.shape == (D, CONFIG.query_heads * H)
+    assert output.shape == (D, ODD.query_heads * H)
     assert output[5, 2 * H + 3] == weights["blocks"]["output_NHD"][2, 2, 3, 5]
 
 
@@ -133,7 +96,7 @@ def test_export_writes_exactly_the_files_it_may_replace(exported):
 
 
 def test_configs_hold_what_each_transformers_reads(weights, small_tokenizer, tmp_path):
-    config = dataclasses.replace(CONFIG, rope_factor=4.0)
+    config = dataclasses.replace(ODD, rope_factor=4.0)
     huggingface.export(weights, config, small_tokenizer, tmp_path / "model")
     written = {
         name: json.loads((tmp_path / "model" / f"{name}.json").read_text())
@@ -188,7 +151,7 @@ def test_load_reads_half_precision_as_fp32(copied, weights, dtype):
 def test_load_reads_rope_as_every_transformers_writes_it(copied, changes):
     edit_json(copied / "config.json", **changes)
     config, _ = huggingface.load(copied)
-    assert config == dataclasses.replace(CONFIG, rope_factor=4.0)
+    assert config == dataclasses.replace(ODD, rope_factor=4.0)
 
 
 def test_load_derives_what_old_configs_leave_out(copied):
@@ -196,7 +159,7 @@ def test_load_derives_what_old_configs_leave_out(copied):
         copied / "config.json",
         **dict.fromkeys(("rope_parameters", "rope_theta", "attention_bias", "mlp_bias"), "drop"),
     )
-    assert huggingface.load(copied)[0] == dataclasses.replace(CONFIG, rope_base=10_000.0)
+    assert huggingface.load(copied)[0] == dataclasses.replace(ODD, rope_base=10_000.0)
 
 
 @pytest.mark.parametrize(
@@ -284,15 +247,15 @@ def test_load_refuses_damaged_and_absent_files(copied):
 
 def bad_exports():
     """Arguments of `export` that differ from good ones, and what the message must name."""
-    nan = jnp.zeros((CONFIG.layers, CONFIG.width)).at[1, 2].set(jnp.nan)
+    nan = jnp.zeros((ODD.layers, ODD.width)).at[1, 2].set(jnp.nan)
     replace = dataclasses.replace
     return {
-        "not finite": (lambda w: changed(w, "blocks.swiglu_norm_D", nan), CONFIG, "not finite"),
-        "unknown weight": (lambda w: {**w, "bias_D": jnp.zeros(3)}, CONFIG, "bias_D"),
-        "missing weight": (lambda w: {k: w[k] for k in w if k != "norm_D"}, CONFIG, "norm_D"),
-        "another config": (lambda w: w, replace(CONFIG, swiglu_width=36), "down_FD"),
-        "other pieces": (lambda w: w, replace(CONFIG, vocab_size=601), "600 pieces"),
-        "indivisible width": (lambda w: w, replace(CONFIG, width=26), "query_heads"),
+        "not finite": (lambda w: changed(w, "blocks.swiglu_norm_D", nan), ODD, "not finite"),
+        "unknown weight": (lambda w: {**w, "bias_D": jnp.zeros(3)}, ODD, "bias_D"),
+        "missing weight": (lambda w: {k: w[k] for k in w if k != "norm_D"}, ODD, "norm_D"),
+        "another config": (lambda w: w, replace(ODD, swiglu_width=36), "down_FD"),
+        "other pieces": (lambda w: w, replace(ODD, vocab_size=601), "600 pieces"),
+        "indivisible width": (lambda w: w, replace(ODD, width=26), "query_heads"),
     }
 
 
@@ -325,7 +288,7 @@ def test_export_leaves_folders_alone_that_it_did_not_write(
         edit_json(folder / "config.json", architectures=["GemmaForCausalLM"])
     before = contents(folder)
     with pytest.raises(UserError, match="mine"):
-        huggingface.export(weights, CONFIG, small_tokenizer, folder)
+        huggingface.export(weights, ODD, small_tokenizer, folder)
     assert contents(folder) == before
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -334,14 +297,14 @@ def test_export_leaves_a_file_alone(weights, small_tokenizer, tmp_path):
     file = tmp_path / "mine"
     file.write_text("mine")
     with pytest.raises(UserError, match="is a file"):
-        huggingface.export(weights, CONFIG, small_tokenizer, file)
+        huggingface.export(weights, ODD, small_tokenizer, file)
     assert file.read_text() == "mine"
 
 
 def test_export_replaces_an_earlier_export(exported, weights, small_tokenizer, tmp_path):
     copied = Path(shutil.copytree(exported, tmp_path / "copy"))
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
-    huggingface.export(other, CONFIG, small_tokenizer, copied)
+    huggingface.export(other, ODD, small_tokenizer, copied)
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(copied)[1], other)
     assert list(copied.parent.iterdir()) == [copied]
 
@@ -352,7 +315,7 @@ def test_a_failing_export_cleans_up(weights, small_tokenizer, tmp_path, monkeypa
 
     monkeypatch.setattr(safetensors_files, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        huggingface.export(weights, CONFIG, small_tokenizer, tmp_path / "out")
+        huggingface.export(weights, ODD, small_tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -373,34 +336,34 @@ def test_an_export_killed_on_its_way_leaves_no_half_folder(
         # A killed process cleans nothing up.
         patch.setattr(huggingface.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
-            huggingface.export(weights, CONFIG, small_tokenizer, folder)
+            huggingface.export(weights, ODD, small_tokenizer, folder)
     assert (contents(folder) if folder.exists() else None) == before
-    huggingface.export(weights, CONFIG, small_tokenizer, folder)
+    huggingface.export(weights, ODD, small_tokenizer, folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert set(contents(folder)) == {*huggingface.FILES, "model.safetensors"}
 
 
 @pytest.mark.torch
 def test_check_sees_equal_weights_and_unequal_ones(exported, weights):
-    assert huggingface.check(exported, CONFIG, weights) < 2e-5
+    assert huggingface.check(exported, ODD, weights) < 2e-5
     other = changed(weights, "blocks.key_DKH", weights["blocks"]["key_DKH"] * 1.1)
-    assert huggingface.check(exported, CONFIG, other) > 1e-3
+    assert huggingface.check(exported, ODD, other) > 1e-3
 
 
 def test_check_without_torch_says_what_to_install(exported, weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'tinyllama-jax\[torch\]'"):
-        huggingface.check(exported, CONFIG, weights)
+        huggingface.check(exported, ODD, weights)
 
 
 @pytest.mark.torch
 def test_rope_factor_survives_the_way_through_transformers(weights, small_tokenizer, tmp_path):
-    config = dataclasses.replace(CONFIG, rope_factor=4.0)
+    config = dataclasses.replace(ODD, rope_factor=4.0)
     huggingface.export(weights, config, small_tokenizer, tmp_path / "model")
     loaded_config, loaded = huggingface.load(tmp_path / "model")
     assert loaded_config == config
     assert huggingface.check(tmp_path / "model", loaded_config, loaded) < 2e-5
-    assert huggingface.check(tmp_path / "model", CONFIG, loaded) > 1e-3
+    assert huggingface.check(tmp_path / "model", ODD, loaded) > 1e-3
 
 
 @pytest.mark.torch
@@ -411,5 +374,5 @@ def test_load_reads_what_transformers_itself_saves(exported, weights, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     config, loaded = huggingface.load(tmp_path)
-    assert config == CONFIG
+    assert config == ODD
     jax.tree.map(np.testing.assert_array_equal, loaded, weights)

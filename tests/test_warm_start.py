@@ -11,29 +11,13 @@ import pytest
 from conftest import SMALL
 from test_loop import assert_same_run, elsewhere, losses, stop_at
 
-from tinyllama_jax.config import CheckpointConfig, UserError
+from tinyllama_jax.config import UserError
 from tinyllama_jax.data.tokenizer import file_sha256
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, shardings
 from tinyllama_jax.training import loop, warm_start
-from tinyllama_jax.training.step import abstract_state, init_state
-
-
-@pytest.fixture
-def source(config, mesh):
-    """A run of two checkpoints, of random states, as it lies on disk."""
-    source = elsewhere(config, "source")
-    folder = Path(source.run_folder)
-    with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(folder, CheckpointConfig(every=1))
-        for step in (9, 10):
-            state = init_state(dataclasses.replace(config, seed=step), mesh)
-            state |= {"step": state["step"] + step, "skipped": state["skipped"] + 1}
-            checkpoints.save(state, {"rows": step, "fingerprint": {}, "config": {}})
-        checkpoints.close()
-    loop._describe_run(folder, source, mesh, None)
-    return folder
+from tinyllama_jax.training.step import abstract_state
 
 
 def weights_of(config, folder, step, mesh):
@@ -93,8 +77,12 @@ def test_weights_come_from_a_hugging_face_folder(config, mesh, source, tmp_path,
     assert origin == {"path": str(folder), "step": None, "sha256": digest}
     with pytest.raises(UserError, match="has no steps"):
         warm_start.find_source(dataclasses.replace(config, init_from=f"{folder}@9"))
-    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
-    with pytest.raises(UserError, match="be it sharded"):
+    several = {"max_shard_bytes": 60_000}
+    huggingface.export(weights, SMALL, Path(config.data.tokenizer), folder, **several)
+    found = warm_start.find_source(config)
+    assert found is not None and found.origin["sha256"] not in (None, digest)
+    next(folder.glob("model-00002-*")).unlink()
+    with pytest.raises(UserError, match="There is no .*model-00002"):
         loop.run(config, mesh)
     assert not Path(config.run_folder).exists()
 

@@ -162,7 +162,7 @@ def index_of(folder: Path) -> dict[str, str]:
     try:
         where = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, TypeError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error!r}): download it again.") from error
+        raise UserError(f"{file} is damaged ({error}): download it again.") from error
     require(bool(where), f"{file} names no tensors: download it again.")
     for name in where.values():
         require(
