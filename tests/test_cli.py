@@ -191,7 +191,7 @@ def test_an_exported_run_gives_the_same_ids_in_transformers_as_here(run, tmp_pat
 
 @pytest.mark.torch
 def test_a_difference_above_the_tolerance_is_exit_code_1(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tinyllama_jax.conversion.TOLERANCE", 1e-12)
+    monkeypatch.setattr("tinyllama_jax.inference.conversion.TOLERANCE", 1e-12)
     argv = ["convert", str(run), "--to", "hf", str(tmp_path / "export"), "--check"]
     assert exit_code(argv) == 1
     assert "ABOVE" in capsys.readouterr().out

@@ -327,12 +327,10 @@ def convert(
         )
         print(f"{where}: {model.config.parameters():,} parameters")
         if difference is not None:
-            within = difference <= conversion.TOLERANCE
-            passed &= within
-            print(
-                f"largest logit difference to transformers: {difference:.2e} "
-                f"({'within' if within else 'ABOVE'} {conversion.TOLERANCE:.0e})"
-            )
+            passed &= difference <= conversion.TOLERANCE
+            how = "within" if difference <= conversion.TOLERANCE else "ABOVE"
+            limit = f"({how} {conversion.TOLERANCE:.0e})"
+            print(f"largest logit difference to transformers: {difference:.2e} {limit}")
     return DONE if passed else CHECK_FAILED
 
 
