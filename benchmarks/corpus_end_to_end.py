@@ -118,18 +118,24 @@ def by_workers(task: Task, workers: int) -> None:
     end(begin(task))  # joins, if each of the last two saw the other's group missing
 
 
-def killed(task: Task, kills: int, seconds: float, rng: random.Random) -> None:
-    """Lets it work for about half of `seconds` in all before the last kill, then to its end."""
-    for kill in range(kills):
+def killed(task: Task, kills: int, groups: int, rng: random.Random) -> None:
+    """Kills it when so many of the groups are done, drawn by chance, and others are at work."""
+    for done in sorted(rng.uniform(0, 0.8) * groups for _ in range(kills)):
         before, process = unfinished_shards(task), begin(task)
-        while process.is_alive() and unfinished_shards(task) <= before:
+        while process.is_alive() and (
+            done_groups(task) < done or unfinished_shards(task) <= before
+        ):
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, seconds / kills))
+        time.sleep(rng.uniform(0, 0.1))
         if not process.is_alive():
-            sys.exit(f"It was done before kill {kill + 1} of {kills}: give more --megabytes.")
+            sys.exit(f"It was done before the last of {kills} kills: give more --megabytes.")
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     end(begin(task))
+
+
+def done_groups(task: Task) -> int:
+    return len(list((task.out.with_name(f"{task.name}.partial") / "groups").glob("[0-9]*.json")))
 
 
 def unfinished_shards(task: Task) -> set[str]:
@@ -144,14 +150,14 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
     """Rows of the table. The dataset of the last way stays, as `folder/name`."""
-    rows, wanted, slowest = [], {}, 0.0
+    rows, wanted, groups = [], {}, 0
     rng = random.Random(f"{options.seed} {name}")
     # Another way of preparing is a line here.
     ways: dict[str, Callable[[Task], None]] = {
         "2 processes": lambda task: by_processes(task, 2),
         "1 process": lambda task: by_processes(task, 1),
         "3 workers at once": lambda task: by_workers(task, 3),
-        f"killed {options.kills} times": lambda task: killed(task, options.kills, slowest, rng),
+        f"killed {options.kills} times": lambda task: killed(task, options.kills, groups, rng),
     }
     for way, function in ways.items():
         out = folder / name
@@ -161,13 +167,13 @@ def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
         start = time.perf_counter()
         function(task)
         seconds = time.perf_counter() - start
-        slowest = slowest or seconds
         found = hashes(out)
         wanted = wanted or found
         leftovers = [path.name for path in folder.glob(f"{name}.*")]
         same = found == wanted and not leftovers
         whole = cli.main(["verify", str(out)]) == cli.DONE
         splits = read_manifest(out)["splits"].values()
+        groups = 1 + max(shard["group"] for split in splits for shard in split["shards"])
         counts = sum(len(split["shards"]) for split in splits), sum(s["tokens"] for s in splits)
         checks = ("yes" if good else "NO" for good in (same, whole))
         rows.append([name, way, f"{seconds:.1f}", *(f"{count:,}" for count in counts), *checks])
