@@ -265,7 +265,8 @@ class Tasks:
         execution: ExecutionConfig = ExecutionConfig(),
         quiet: bool = False,
     ):
-        self._tasks, self._limit = load_tasks(names, model, include_path), limit
+        self._tasks: Any = load_tasks(names, model, include_path)
+        self._limit = limit
         scorer = make_scorer(model, mesh, dtype, execution)
         self._lm = functools.partial(
             TinyLlamaLM, model, tokenizer, mesh, scorer, dtype, quiet=quiet
@@ -281,7 +282,7 @@ class Tasks:
           {task or group: {metric: value}}. Where a task counts under several filters of the
           answers, the first.
         """
-        results = evaluate(
+        results: Any = evaluate(
             self._lm(weights),
             self._tasks,
             limit=self._limit,
@@ -289,7 +290,6 @@ class Tasks:
             bootstrap_iters=BOOTSTRAP,
             confirm_run_unsafe_code=code_allowed(),
         )
-        assert results is not None
         found: dict[str, dict[str, float]] = {}
         for task, values in results["results"].items():
             for name, value in values.items():
