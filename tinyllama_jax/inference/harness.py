@@ -255,7 +255,8 @@ class Tasks:
         execution: ExecutionConfig = ExecutionConfig(),
         quiet: bool = False,
     ):
-        self._tasks, self._limit = load_tasks(names, model, include_path), limit
+        self._tasks: Any = load_tasks(names, model, include_path)
+        self._limit = limit
         scorer = make_scorer(model, mesh, dtype, execution)
         self._lm = functools.partial(
             TinyLlamaLM, model, tokenizer, mesh, scorer, dtype, quiet=quiet
