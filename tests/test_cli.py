@@ -55,7 +55,8 @@ def test_verify_tells_a_whole_run_and_export_from_damaged_ones(run, tmp_path, ca
     (export / "tokenizer.model").write_bytes(b"no model")
     assert exit_code(["verify", export]) == 1
     out = capsys.readouterr().out
-    assert "model.safetensors is damaged" in out and "is not a sentencepiece model" in out
+    assert "model.safetensors is not what was exported" in out
+    assert "is not a sentencepiece model" in out
 
 
 def test_help_names_every_verb(capsys):
@@ -111,7 +112,7 @@ def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
         (["generate", "nowhere", "--prompt", "x"], "no run"),
         (["generate", "nowhere"], "either --prompt"),
         (["convert", "nowhere", "out", "--to", "hf"], "no run"),
-        (["convert", "nowhere", "out", "--to", "gguf"], "hf"),
+        (["convert", "nowhere", "out", "--to", "onnx"], "hf"),
         (["prepare", "stdlib", "--tokenizer", "none", "--out", "out"], "no tokenizer"),
         (["tokenizer", HERE, "--vocab-size", "400", "--out", f"{HERE}/m"], "cannot be made"),
         (["tokenizer", "nowhere.txt", "--vocab-size", "400"], "cannot be read"),
