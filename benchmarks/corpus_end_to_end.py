@@ -1,14 +1,15 @@
 """The whole way of a corpus: prepared in every way, killed on the way, verified, mixed, trained on.
 
-    python benchmarks/corpus_end_to_end.py    # a table; exit code 1 if anything is wrong
+    python benchmarks/corpus_end_to_end.py    # a table, also in results/; wants the beam extra
 
 The text of data.py, as SlimPajama and as StarCoder, and a tokenizer made of its beginning. Every
 way of preparing must leave the same bytes in every file. The last one is killed, the whole process
 group at once, at moments drawn by chance, and begun again. A small Llama is then trained on both,
-mixed as TinyLlama mixed them.
+mixed as TinyLlama mixed them. The exit code is 1 if anything is wrong.
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -41,6 +42,7 @@ CORPORA = readers.CORPORA | {
     "starcoder": dataclasses.replace(readers.CORPORA["starcoder"], held_out_share=0.02)
 }
 PIECES = 4096
+ROW = 2048  # tokens, of best fit
 SPAWN = multiprocessing.get_context("spawn")
 
 CONFIG = """
@@ -71,6 +73,7 @@ class Options:
     kills: int = 10
     steps: int = 30
     seed: int = 0
+    out: Path = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +86,14 @@ class Task:
     out: Path
     group_bytes: int
 
-    def run(self, started, worker: tuple[int, int] = (0, 1), processes: int = 2) -> None:
+    def run(self, started, **options) -> None:
         """In a process and a process group of its own."""
         os.setsid()
         started.set()
-        options = {"worker": worker, "processes": processes, "group_bytes": self.group_bytes}
         folders = self.source, self.tokenizer, self.out
-        prepare_corpus(self.name, CORPORA[self.name], *folders, **options)
+        prepare_corpus(
+            self.name, CORPORA[self.name], *folders, group_bytes=self.group_bytes, **options
+        )
 
 
 def begin(task: Task, **options):
@@ -118,10 +122,14 @@ def by_workers(task: Task, workers: int) -> None:
     end(begin(task))  # joins, if each of the last two saw the other's group missing
 
 
+def by_beam(task: Task) -> None:
+    end(begin(task, runner="DirectRunner"))
+
+
 def killed(task: Task, kills: int, groups: int, rng: random.Random) -> None:
     """Kills it when so many of the groups are done, drawn by chance, and others are at work."""
     for done in sorted(rng.uniform(0, 0.8) * groups for _ in range(kills)):
-        before, process = unfinished_shards(task), begin(task)
+        before, process = unfinished_shards(task), begin(task, processes=2)
         while process.is_alive() and (
             done_groups(task) < done or unfinished_shards(task) <= before
         ):
@@ -152,11 +160,11 @@ def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
     """Rows of the table. The dataset of the last way stays, as `folder/name`."""
     rows, wanted, groups = [], {}, 0
     rng = random.Random(f"{options.seed} {name}")
-    # Another way of preparing is a line here.
     ways: dict[str, Callable[[Task], None]] = {
         "2 processes": lambda task: by_processes(task, 2),
         "1 process": lambda task: by_processes(task, 1),
         "3 workers at once": lambda task: by_workers(task, 3),
+        "Beam's DirectRunner": by_beam,
         f"killed {options.kills} times": lambda task: killed(task, options.kills, groups, rng),
     }
     for way, function in ways.items():
@@ -178,6 +186,20 @@ def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
         checks = ("yes" if good else "NO" for good in (same, whole))
         rows.append([name, way, f"{seconds:.1f}", *(f"{count:,}" for count in counts), *checks])
     return rows
+
+
+def fill_rate(options: Options, folder: Path, name: str) -> str:
+    """How full best fit makes the rows of a corpus, as a sentence."""
+    source, tokenizer = folder / "corpora" / name, folder / "tokenizer.model"
+    manifest = prepare_corpus(
+        name, CORPORA[name], source, tokenizer, folder / "packed" / name, best_fit=ROW
+    )
+    assert manifest
+    facts = manifest["splits"]["train"]
+    return (
+        f"{name} by best fit: rows of {ROW} tokens filled to {facts['fill_rate']:.2%}, "
+        f"{facts['cut_documents']:,} of {facts['documents']:,} documents cut."
+    )
 
 
 def train(options: Options, folder: Path) -> str:
@@ -215,14 +237,27 @@ def main(options: Options) -> int:
         beginning = data.texts(min(2, options.megabytes) * 10**6)
         train_tokenizer(beginning, PIECES, folder / "tokenizer.model")
         rows = [row for name in SHARES for row in prepare(options, folder, name)]
-        trained = train(options, folder)
+        found = [train(options, folder), *(fill_rate(options, folder, name) for name in SHARES)]
     finally:
         shutil.rmtree(folder)
     files = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
-    table = Table(*COLUMNS, title=f"{options.megabytes} MB of text: {files}", caption=trained)
+    date = datetime.date.today().isoformat()
+    title = f"{options.megabytes} MB of text all the way, {date}: {files}"
+    table = Table(*COLUMNS, title=title, caption="\n".join(found), caption_justify="left")
+    lines = [
+        f"# {title}",
+        "",
+        *found,
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
+    ]
     for row in rows:
         table.add_row(*row)
+        lines.append(f"| {' | '.join(row)} |")
     Console().print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"corpus-{date}.md").write_text("\n".join(lines) + "\n")
     return int(any("NO" in row for row in rows))
 
 
