@@ -23,9 +23,9 @@ data/demo/tokenizer.model: | $(VENV)/installed
 data/demo/code/manifest.json: data/demo/tokenizer.model
 	$(BIN)/tinyllama prepare stdlib --tokenizer $< --out data/demo
 
-# Two workers, a file to a worker: most of the time goes into compiling, on one core.
+# Three workers for two cores, a file to a worker: some tests wait for processes that they started.
 test: $(VENV)/installed-test
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 # Programs for GPUs that are not here: registers, spills, collectives. In an environment of its own:
 # where the CUDA plugin is but no GPU, JAX complains at every start.

@@ -32,6 +32,7 @@ import torch
 
 from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
 from tinyllama_jax.data import mixture
+from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.documents import standard_library
 from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -39,7 +40,7 @@ from tinyllama_jax.inference import huggingface
 from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.training.step import init_state, loss_weights, make_step
+from tinyllama_jax.training.step import init_state, make_step
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its bars ask for ipywidgets here

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "data": {"config", "data"},
     "model": {"config", "model"},
     "runtime": {"config", "config_file", "runtime", "data", "model"},
-    "inference": {"config", "runtime", "data", "model", "inference"},
+    "inference": {"config", "config_file", "runtime", "data", "model", "inference"},
     "training": {"config", "config_file", "runtime", "data", "model", "inference", "training"},
     "cli": {"config", "config_file", "runtime", "data", "model", "inference", "training"},
     "__init__": set(),

@@ -74,25 +74,6 @@ def test_quick_on_a_cpu(tmp_path):
     assert table.count("| pallas |") == 2 and "no tiles for cpu" in table
 
 
-@pytest.mark.torch
-def test_generation_beside_transformers(tmp_path):
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "generation.py"),
-        "--models",
-        "demo",
-        "--rounds",
-        "1",
-    ]
-    command += ["--batch", "2", "--new", "4", "--out", str(tmp_path)]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    (table,) = tmp_path.glob("generation-*.md")
-    rows = [line.split(" | ") for line in table.read_text().splitlines() if "demo" in line]
-    assert [row[2] for row in rows] == ["transformers", "ours"]
-    assert rows[1][-1] == "100% |" and float(rows[1][6]) > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [((), "no GPU here"), (("--tune", "--quick"), "no GPU"), (("--systems", "mine"), "'mine'")],

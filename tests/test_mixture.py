@@ -208,7 +208,7 @@ def shares_at(weights, stages, row):
     return first, last
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4).flatmap(staged_weights))
 def test_stages_are_what_a_walk_row_by_row_finds(drawn):
     weights, stages = drawn

@@ -237,6 +237,7 @@ def test_transformers_encodes_as_sentencepiece_does(both_tokenizers):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("both_tokenizers", ["small"], indirect=True)
 def test_transformers_encodes_a_document_of_10_mb_as_sentencepiece_does(both_tokenizers):
     processor, transformed = both_tokenizers
     text = document_of_10_mb()
