@@ -240,6 +240,8 @@ def main(options: Options) -> int:
         found = [train(options, folder), *(fill_rate(options, folder, name) for name in SHARES)]
     finally:
         shutil.rmtree(folder)
+    load = "/".join(f"{number:.1f}" for number in os.getloadavg())
+    found.append(f"Load average {load} on {os.cpu_count()} cores.")
     files = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
     date = datetime.date.today().isoformat()
     title = f"{options.megabytes} MB of text all the way, {date}: {files}"
