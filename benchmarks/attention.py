@@ -26,10 +26,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from report import TOLERANCE, Row, auto_rows, compare, tables
 from rich.console import Console
-from systems import OURS, SYSTEMS, Case, Inputs, Run
 
+from report import TOLERANCE, Row, auto_rows, compare, tables
+from systems import OURS, SYSTEMS, Case, Inputs, Run
 from tinyllama_jax.config import UserError, make_folder, require
 from tinyllama_jax.model.attention import CHIPS, attention, device_chip
 

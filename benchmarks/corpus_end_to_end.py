@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import data
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+import data
 from tinyllama_jax import cli
 from tinyllama_jax.config import DEMO
 from tinyllama_jax.data import readers

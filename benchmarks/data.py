@@ -34,11 +34,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import reading
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+import reading
 from tinyllama_jax.data.corpus import prepare_corpus
 from tinyllama_jax.data.readers import CORPORA, Tally, list_files, read_documents
 from tinyllama_jax.data.tokenizer import load_tokenizer

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from rich.table import Table
+
 from systems import OURS, Case
 
 TOLERANCE = 1e-2

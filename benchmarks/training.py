@@ -196,6 +196,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
 def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     import torch
+
     from torch_peer import Trainer, timed_steps
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

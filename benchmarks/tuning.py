@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from systems import Case, Inputs
 
+from systems import Case, Inputs
 from tinyllama_jax.config import require
 from tinyllama_jax.model.attention import CHIPS, attention
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder, write_token_files
 
+from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder, write_token_files
 from tinyllama_jax.config import (
     CheckpointConfig,
     Config,

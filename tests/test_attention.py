@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
 from exact_attention import (
     assert_second_document_is_blind_to_first,
     exact_attention,
     frobenius_error,
     inputs,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
-
 from tinyllama_jax.model import attention as attention_module
 from tinyllama_jax.model.attention import (
     AUTO,

@@ -3,8 +3,8 @@
 import urllib.request
 
 import pytest
-from corpora import write_starcoder
 
+from corpora import write_starcoder
 from tinyllama_jax import cli
 from tinyllama_jax.data.verify import verify_dataset
 

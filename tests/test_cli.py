@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_loop import config_file
 
+from test_loop import config_file
 from tinyllama_jax.cli import main
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
 from tinyllama_jax.training import loop

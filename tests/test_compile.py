@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from kernel_resources import KERNELS, OPTIMISED, kernel_calls, resources_of_program
 
+from kernel_resources import KERNELS, OPTIMISED, kernel_calls, resources_of_program
 from tinyllama_jax.config import TINYLLAMA_1B
 from tinyllama_jax.model.attention import attention
 from tinyllama_jax.model.llama import Block, rope_tables

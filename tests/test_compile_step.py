@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 
+from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 from tinyllama_jax.config_file import load_config
 from tinyllama_jax.runtime.compiler import GPU_OPTIONS, compiler_options, is_known
 from tinyllama_jax.runtime.mesh import make_mesh

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from conftest import ODD, SMALL
 from test_cli import exit_code
 from test_huggingface import edit_json
 from test_warm_start import weights_of
-
 from tinyllama_jax.config import UserError
 from tinyllama_jax.inference import conversion, huggingface, litgpt
 from tinyllama_jax.inference.gguf import export_gguf

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from corpora import CASES, GROUP_BYTES, texts, write_slimpajama, write_starcoder
 
+from corpora import CASES, GROUP_BYTES, texts, write_slimpajama, write_starcoder
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import corpus as corpus_module

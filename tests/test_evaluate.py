@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS
 from tinyllama_jax.inference import evaluate

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_attention import assert_equals_exact, inputs, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exact_attention import assert_equals_exact, inputs, visible
 from tinyllama_jax.model.flash_attention import (
     column_ranges,
     find_documents,

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ODD
 
+from conftest import ODD
 from tinyllama_jax.config import UserError
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.inference.safetensors_files import INDEX

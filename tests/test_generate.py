@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from tinyllama_jax.config import UserError
 from tinyllama_jax.inference.generate import CHUNK, Sampler, filter_logits, generate, stream
 from tinyllama_jax.model import llama
@@ -163,6 +163,7 @@ def test_weights_in_parts_over_a_mesh_give_the_same_text(weights, greedy):
 def test_greedy_equals_that_of_transformers(shape):
     """Token for token, in fp32, of unequal prompts, past 100 tokens."""
     import torch
+
     from test_parity import CONFIGS, random_weights, transformers_model
 
     config = dataclasses.replace(CONFIGS[shape], context=256)

@@ -6,9 +6,9 @@ import gguf
 import jax
 import numpy as np
 import pytest
+
 from conftest import ODD
 from test_huggingface import changed
-
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data.tokenizer import load_tokenizer
 from tinyllama_jax.inference.gguf import export_gguf

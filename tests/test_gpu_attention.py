@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from exact_attention import (
     assert_equals_exact,
     assert_second_document_is_blind_to_first,
     inputs,
 )
-
 from tinyllama_jax.model import attention as attention_module
 from tinyllama_jax.model.attention import attention, why_not
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, SMALL
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from conftest import GOLDEN, SMALL
 from tinyllama_jax.cli import main
 from tinyllama_jax.config import EvaluationConfig, UserError
 from tinyllama_jax.data.tokenizer import BOS, load_tokenizer

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ODD
 from flax import traverse_util
 
+from conftest import ODD
 from tinyllama_jax.config import UserError
 from tinyllama_jax.inference import huggingface, safetensors_files, tensors
 from tinyllama_jax.model import llama

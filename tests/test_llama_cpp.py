@@ -6,8 +6,8 @@
 from pathlib import Path
 
 import pytest
-from test_cli import exit_code
 
+from test_cli import exit_code
 from tinyllama_jax.data.tokenizer import load_tokenizer
 
 RUN = Path(__file__).parent.parent / "runs" / "demo"

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
 from conftest import GOLDEN
 from tensorboard_reader import scalars
-
 from tinyllama_jax.config import (
     BatchStageConfig,
     CheckpointConfig,

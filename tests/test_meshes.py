@@ -19,8 +19,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 def train(mesh_shape: tuple[int, int], gather: str, dtype: str) -> list[float]:
     """Losses of 20 steps on random rows."""
     import jax
-    from conftest import SMALL
 
+    from conftest import SMALL
     from tinyllama_jax.config import Config, DataConfig, ExecutionConfig, OptimizerConfig
     from tinyllama_jax.data.boundaries import loss_weights
     from tinyllama_jax.runtime.mesh import make_mesh, put_batch

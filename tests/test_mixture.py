@@ -14,10 +14,10 @@ import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import SMALL
 from tinyllama_jax.config import DataConfig, SourceConfig, StageConfig, UserError
 from tinyllama_jax.data import mixture as mixture_module
 from tinyllama_jax.data.mixture import (

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from tinyllama_jax import config as configs
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, shardings

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from tinyllama_jax.config import OptimizerConfig
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import named_leaves

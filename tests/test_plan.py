@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loop import config_file
 
+from test_loop import config_file
 from tinyllama_jax.cli import main
 from tinyllama_jax.config import TINYLLAMA_120M, ExecutionConfig, UserError
 from tinyllama_jax.config_file import load_config

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import golden_documents
 
+from conftest import golden_documents
 from tinyllama_jax.cli import main
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare

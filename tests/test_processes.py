@@ -13,9 +13,9 @@ from pathlib import Path
 
 import jax
 import pytest
+
 from conftest import SMALL
 from test_loop import config_file, elsewhere, losses
-
 from tinyllama_jax.config import (
     CheckpointConfig,
     Config,

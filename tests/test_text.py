@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import VOCAB
 
+from conftest import VOCAB
 from tinyllama_jax.data.tokenizer import load_tokenizer
 from tinyllama_jax.inference.text import Continuation, as_they_come, make_stop
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from corpora import CASES, packed_tokens
 
+from corpora import CASES, packed_tokens
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import token_files

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+
 from conftest import GOLDEN, VOCAB
 from test_tokenizer_json import STRINGS, document_of_10_mb
-
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data.corpus import prepare_corpus

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
 from conftest import SMALL
 from test_loop import assert_same_run, elsewhere, losses, stop_at
-
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data.tokenizer import file_sha256
 from tinyllama_jax.inference import huggingface

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from corpora import GOLDEN, write_starcoder
 
+from corpora import GOLDEN, write_starcoder
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import workers
 
