@@ -62,23 +62,11 @@ class Timed:
 def save_random(config: LlamaConfig, folder: Path) -> None:
     """A folder of transformers' own, with the weights that it draws."""
     import torch
-    import transformers
+
+    from torch_peer import transformers_model
 
     torch.manual_seed(0)
-    theirs = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.swiglu_width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.query_heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_width,
-        max_position_embeddings=config.context,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(theirs).save_pretrained(folder, max_shard_size="1TB")
+    transformers_model(config).save_pretrained(folder, max_shard_size="1TB")
 
 
 def prompts(config: LlamaConfig, rows: int, length: int) -> list[list[int]]:

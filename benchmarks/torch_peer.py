@@ -138,11 +138,11 @@ def head_loss(h_RD, head_VD, targets_R):
     return F.cross_entropy(logits_RV, targets_R, reduction="sum")
 
 
-def transformers_loss(config: LlamaConfig) -> tuple[nn.Module, nn.Module]:
-    """transformers' LlamaForCausalLM of this shape, and its stream above the last block."""
+def transformers_model(config: LlamaConfig, **options):
+    """transformers' LlamaForCausalLM of this shape, with random weights of its own."""
     import transformers
 
-    model = transformers.LlamaForCausalLM(
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.width,
@@ -155,11 +155,9 @@ def transformers_loss(config: LlamaConfig) -> tuple[nn.Module, nn.Module]:
             rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
             tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
+            **options,
         )
     )
-    return model, model.model
 
 
 class Trainer:
@@ -191,9 +189,9 @@ class Trainer:
         self.device, self.dtype = device, getattr(torch, precision)
         self.clip_norm, self.backends = optimizer.clip_norm, BACKENDS[attention]
         if whose == "transformers":
-            self.model, trunk = transformers_loss(config)
+            self.model = transformers_model(config, attn_implementation="sdpa", use_cache=False)
             self.head = self.model.lm_head
-            hidden = torch.compile(trunk) if compiled else trunk
+            hidden = torch.compile(self.model.model) if compiled else self.model.model
             self.hidden = lambda tokens_BT: hidden(input_ids=tokens_BT).last_hidden_state
         else:
             self.model = Llama(config)
