@@ -419,16 +419,12 @@ def evaluate(
     from rich.console import Console
 
     from tinyllama_jax.data.tokenizer import load_tokenizer
-    from tinyllama_jax.inference import conversion, harness, huggingface, scores
-    from tinyllama_jax.runtime.checkpoint import open_checkpoint
+    from tinyllama_jax.inference import conversion, harness, scores
     from tinyllama_jax.runtime.mesh import auto_dtype, make_mesh, on_every_device
 
     require(limit is None or limit > 0, "--limit must be above 0.")
-    is_run = not huggingface.is_hf_folder(path)
-    require(is_run or step is None, f"{path} is no run, so it has no --step: leave it out.")
-    if is_run:
-        _, step = open_checkpoint(path, step)
-    config, weights = conversion.open_model(path, step).read()
+    model = conversion.open_model(path, step)
+    config, weights = model.read()
     tokenizer = load_tokenizer(path / "tokenizer.model")
     mesh = make_mesh()
     dtype = auto_dtype(mesh)
@@ -436,9 +432,10 @@ def evaluate(
     asked = harness.Tasks(tasks, config, tokenizer, mesh, dtype, **options)
     with jax.set_mesh(mesh):
         found = asked.score(on_every_device(weights, mesh, dtype))
-    if step is not None:
-        scores.write_results(path, step, found, limit)
-    name = f"step {step}" if is_run else path.resolve().name
+    name = path.resolve().name
+    if model.facts:  # of a run
+        scores.write_results(path, model.facts.step, found, limit)
+        name = f"step {model.facts.step}"
     Console().print(scores.render(name, found, tasks, limit))
     return DONE
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.data.packing import is_padding
 from tinyllama_jax.data.tokenizer import BOS, EOS
 
 
@@ -28,10 +29,8 @@ def loss_weights(tokens_BS: np.ndarray, first_tokens: bool = True) -> np.ndarray
       first_tokens: whether the first token of a document counts, though nothing of the document
         tells it.
     """
-    ends_BS = tokens_BS == EOS
-    padding_BS = np.zeros_like(ends_BS)
-    padding_BS[..., 1:] = ends_BS[..., 1:] & ends_BS[..., :-1]
+    padding_BS = is_padding(tokens_BS)
     left_out_BT = padding_BS[..., 1:] | padding_BS[..., :-1]
     if not first_tokens:
-        left_out_BT |= ends_BS[..., :-1]
+        left_out_BT |= tokens_BS[..., :-1] == EOS
     return (~left_out_BT).astype(np.float32)

@@ -109,7 +109,7 @@ class BestFitPacker(Packer):
 
     @property
     def dropped_tokens(self) -> int:
-        return len(self.stream) - _padding(self.stream)
+        return len(self.stream) - int(is_padding(self.stream).sum())
 
     def finish(self) -> np.ndarray:
         while self.open:
@@ -153,12 +153,16 @@ class BestFitPacker(Packer):
         records_RS = np.empty((count, RECORD + 1), self.dtype)
         records_RS[:, :-1] = stream[: count * RECORD].reshape(count, RECORD)
         records_RS[:, -1] = ended[RECORD : count * RECORD + 1 : RECORD]
-        self.padding_tokens += sum(map(_padding, records_RS[:, :-1]))
+        self.padding_tokens += int(is_padding(records_RS[:, :-1]).sum())
         return records_RS
 
 
-def _padding(stream: np.ndarray) -> int:
-    return int(np.count_nonzero((stream[1:] == EOS) & (stream[:-1] == EOS)))
+def is_padding(tokens_BS: np.ndarray) -> np.ndarray:
+    """Which tokens are an eos after an eos, (..., S); the first of a row never is."""
+    ends_BS = tokens_BS == EOS
+    padding_BS = np.zeros_like(ends_BS)
+    padding_BS[..., 1:] = ends_BS[..., 1:] & ends_BS[..., :-1]
+    return padding_BS
 
 
 def pack(documents: Iterable[Sequence[int]], packer: Packer) -> Iterator[np.ndarray]:

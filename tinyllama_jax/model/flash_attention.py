@@ -112,14 +112,21 @@ def find_documents(segments_BT: jax.Array | None, T: int) -> Documents:
     positions_1T = jnp.arange(T)[None]
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]  # fused away, never in memory
     changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-    starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
     ends_BT = jnp.pad(changes_BT, ((0, 0), (0, 1)), constant_values=True)
     return Documents(
         jnp.min(jnp.where(same_BTS, positions_1T[:, None], T), axis=-1),
         jnp.max(jnp.where(same_BTS, positions_1T[:, None], -1), axis=-1),
-        jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1),
+        first_of_run(segments_BT),
         jax.lax.cummin(jnp.where(ends_BT, positions_1T, T - 1), axis=1, reverse=True),
     )
+
+
+def first_of_run(segments_BT: jax.Array) -> jax.Array:
+    """Of each token, the place (B, T) where the unbroken run of its segment begins."""
+    changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
+    positions_1T = jnp.arange(segments_BT.shape[1])[None]
+    return jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
 
 
 def column_ranges(

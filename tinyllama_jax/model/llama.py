@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention, cached_attention
+from tinyllama_jax.model.flash_attention import first_of_run
 from tinyllama_jax.model.loss import next_token_loss, target_scores
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
@@ -145,11 +146,7 @@ class Llama(nnx.Module):
 def positions(T: int, segment_ids_BT: jax.Array | None) -> jax.Array:
     """Places of the tokens of a row, (1, T); in a packed row (B, T), from 0 in each document."""
     positions_1T = jnp.arange(T)[None]
-    if segment_ids_BT is None:
-        return positions_1T
-    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    starts_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
-    return positions_1T - jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
+    return positions_1T if segment_ids_BT is None else positions_1T - first_of_run(segment_ids_BT)
 
 
 def embed(weights: Weights, tokens_BT: jax.Array, gather: Gather = whole) -> jax.Array:

@@ -283,7 +283,7 @@ def _attention_backend(config: Config, target: Target) -> AttentionBackend:
     check_attention_on(config, chip, dtype)
     if config.execution.attention != "auto":
         return config.execution.attention
-    return choose_backend(chip, dtype, config.model.head_width, documents=False)[0]
+    return choose_backend(chip, dtype, config.model.head_width, config.data.mask_documents)[0]
 
 
 def _with_attention(config: Config, backend: AttentionBackend) -> Config:
