@@ -33,7 +33,7 @@ failed=0
 parallel=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null)
 # shellcheck disable=SC2086
 XLA_PYTHON_CLIENT_PREALLOCATE=false step tests 150 "$PYTHON" -m pytest -p no:cacheprovider \
-  --noconftest $parallel -rPfEs -m gpu tests/test_gpu_attention.py
+  --noconftest $parallel -rPfEs -m gpu tests/test_gpu_attention.py tests/test_embedding.py
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then

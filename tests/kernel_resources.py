@@ -15,7 +15,7 @@ import triton
 
 from tinyllama_jax.model import triton_kernels
 
-KERNELS = ("flash_forward", "flash_dq", "flash_dkdv")
+KERNELS = ("flash_forward", "flash_dq", "flash_dkdv")  # of attention
 
 # XLA puts stack traces into what it writes down, and naming their frames takes 20 s a program.
 os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
@@ -82,7 +82,7 @@ def resources_of_program(
     launches = "".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
     for path in folder.glob("*.ptx"):
         ptx = path.read_text()
-        if entry := re.search(rf"\.entry ({'|'.join(KERNELS)})\(", ptx):
+        if entry := re.search(rf"\.entry ({'|'.join((*KERNELS, 'embedding_gradient'))})\(", ptx):
             shared = re.search(rf" {entry[1]} grid.*shared_memory: (\d+)", launches)
             found[entry[1]] = _assemble(ptx, int(shared[1]))
     return found

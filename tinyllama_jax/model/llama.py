@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention, cached_attention
+from tinyllama_jax.model.embedding import embedding
 from tinyllama_jax.model.flash_attention import first_of_run
 from tinyllama_jax.model.loss import next_token_loss, target_scores
 
@@ -151,7 +152,7 @@ def positions(T: int, segment_ids_BT: jax.Array | None) -> jax.Array:
 
 def embed(weights: Weights, tokens_BT: jax.Array, gather: Gather = whole) -> jax.Array:
     """The residual stream below the first block, (B, T, D)."""
-    return gather("embedding_VD", weights["embedding_VD"])[tokens_BT]
+    return embedding(gather("embedding_VD", weights["embedding_VD"]), tokens_BT)
 
 
 def make_layer(
