@@ -21,6 +21,7 @@ from tinyllama_jax.model.tiles import TILES
 # What a device calls itself -> the chip that its kernels are tuned for.
 CHIPS = {"A100": "A100", "H100": "H100", "H200": "H100"}
 COMPUTE_CAPABILITY = {"A100": 80, "H100": 90}
+LOWEST = jnp.finfo(jnp.float32).min  # a row without any visible key stays finite
 
 # (chip, documents) -> what `auto` takes there, and why.
 AUTO: dict[tuple[str, bool], tuple[AttentionBackend, str]] = {
@@ -204,13 +205,28 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
         visible_BTS &= jnp.tri(T, dtype=bool)
     if segment_ids_BT is not None:
         visible_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    # Heads before tokens, and the G queries of a kv head as one axis of rows, R = G T: products
+    # that sum over one axis, the last or the first, need no transposed copies on CPUs.
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    scores_BKRS = scale * jnp.einsum(
+        "BKRH,BKSH->BKRS", q_BKGTH.reshape(B, K, -1, H), k_BKSH, preferred_element_type=jnp.float32
     )
-    probabilities_BKGTS = _softmax(scores_BKGTS, visible_BTS[:, None, None]).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities_BKGTS, v_BSKH)
+    scores_BKGTS = jnp.where(
+        visible_BTS[:, None, None], scores_BKRS.reshape(B, K, -1, T, T), LOWEST
+    )
+    # Divided by their sum after the second product: fewer passes over T T numbers, back as forth.
+    peaks_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+    weights_BKRS = jnp.exp(scores_BKGTS - peaks_BKGT1).reshape(B, K, -1, T)
+    sums_BKRH = jnp.einsum(
+        "BKRS,BKSH->BKRH",
+        weights_BKRS.astype(v_BSKH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
+    o_BKRH = sums_BKRH / jnp.sum(weights_BKRS, axis=-1, keepdims=True)
+    o_BTKGH = jnp.moveaxis(o_BKRH.reshape(B, K, -1, T, H), 3, 1)
     return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
@@ -241,11 +257,7 @@ def cached_attention(
     scores_BKGS = scale * jnp.einsum(
         "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
     )
-    probabilities_BKGS = _softmax(scores_BKGS, filled_BS[:, None, None]).astype(v_BKSH.dtype)
+    scores_BKGS = jnp.where(filled_BS[:, None, None], scores_BKGS, LOWEST)
+    probabilities_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSH.dtype)
     o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", probabilities_BKGS, v_BKSH)
     return o_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
-
-
-def _softmax(scores, visible):
-    # The smallest finite number and not -inf: a row without any visible key stays finite.
-    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)

@@ -63,6 +63,15 @@ def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.A
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
+def dense(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x w, (B, T, F).
+
+    All tokens are one axis in it: XLA on CPUs turns a matrix around, with a copy, for a product
+    that sums over two axes, as the gradient of w would over B and T.
+    """
+    return (x_BTD.reshape(-1, len(w_DF)) @ w_DF).reshape(*x_BTD.shape[:-1], -1)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
@@ -103,21 +112,23 @@ class Block(nnx.Module):
             h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
             # One product for the three, or the backward pass would add up three gradients of h.
             heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-            qkv_BTMH = jnp.einsum("BTD,DMH->BTMH", h_BTD, jnp.concatenate(heads, axis=1))
-            N, K = self.config.query_heads, self.config.kv_heads
+            N, K, H = self.config.query_heads, self.config.kv_heads, self.config.head_width
+            w_DX = jnp.concatenate(heads, axis=1).reshape(self.config.width, -1)
+            qkv_BTMH = dense(h_BTD, w_DX).reshape(*h_BTD.shape[:2], N + 2 * K, H)
             q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
             return rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
 
     def above_attention(self, x_BTD, o_BTNH) -> jax.Array:
         """The residual stream above the block, from that below it and what attention gave."""
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.output_NHD[...])
+            w_XD = self.output_NHD[...].reshape(-1, self.config.width)
+            x_BTD = x_BTD + dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), w_XD)
             x_BTD = checkpoint_name(x_BTD, "middle")
         with jax.named_scope("swiglu"):
             h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)
-            gate_BTF = checkpoint_name(h_BTD @ self.gate_DF[...], "gate")
-            up_BTF = checkpoint_name(h_BTD @ self.up_DF[...], "up")
-            return x_BTD + (jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD[...]
+            gate_BTF = checkpoint_name(dense(h_BTD, self.gate_DF[...]), "gate")
+            up_BTF = checkpoint_name(dense(h_BTD, self.up_DF[...]), "up")
+            return x_BTD + dense(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
 
 
 class Llama(nnx.Module):
@@ -234,16 +245,7 @@ def for_decoding(weights: Weights) -> Weights:
 
     Cut out of all layers' weights where it is used, a matrix would be copied for every token.
     """
-    blocks = unstack(weights["blocks"])
-    for block in blocks:
-        # One wide head: where a product sums over two axes, XLA turns the matrix around on CPUs.
-        N, H, D = block["output_NHD"].shape
-        block["output_NHD"] = block["output_NHD"].reshape(1, N * H, D)
-    return weights | {"blocks": blocks}
-
-
-def _one_head(o_BTNH: jax.Array) -> jax.Array:
-    return o_BTNH.reshape(*o_BTNH.shape[:2], 1, -1)
+    return weights | {"blocks": unstack(weights["blocks"])}
 
 
 class Cache(NamedTuple):
@@ -282,7 +284,7 @@ def prefill(
         q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
         with jax.named_scope("attention"):
             o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
-        x_BTD = layer.above_attention(x_BTD, _one_head(o_BTNH))
+        x_BTD = layer.above_attention(x_BTD, o_BTNH)
         keys.append(k_BTKH.swapaxes(1, 2))
         values.append(v_BTKH.swapaxes(1, 2))
     free = ((0, 0), (0, 0), (0, 0), (0, columns - T), (0, 0))
@@ -323,7 +325,7 @@ def decode(
         values_LBKSH = values_LBKSH.at[index, :, :, column].set(v_B1KH[:, 0])
         with jax.named_scope("attention"):
             o_B1NH = cached_attention(q_B1NH, keys_LBKSH[index], values_LBKSH[index], filled_BS)
-        x_B1D = layer.above_attention(x_B1D, _one_head(o_B1NH))
+        x_B1D = layer.above_attention(x_B1D, o_B1NH)
     return _logits(config, weights, x_B1D[:, 0]), Cache(keys_LBKSH, values_LBKSH, filled_BS)
 
 

@@ -75,9 +75,8 @@ def _forward(x_BTD, head_DV, targets_BT, weights_BT):
         dlogits_BCV = (probabilities_BCV - is_target_BCV) * weights_BC[..., None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = dlogits_BCV @ head_DV.T
-        dhead_DV += jnp.einsum(
-            "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
-        )
+        x_MD, dlogits_MV = (x.reshape(-1, x.shape[-1]) for x in (x_BCD, dlogits_BCV))
+        dhead_DV += jnp.matmul(x_MD.T, dlogits_MV, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(losses_BC * weights_BC), dhead_DV), (dx_BCD, losses_BC)
 
     sums = jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32)
