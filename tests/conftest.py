@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -196,3 +197,18 @@ def source(config, mesh):
         checkpoints.close()
     loop._describe_run(folder, source, mesh, None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def optimised_instructions():
+    """`(opcode, shape)` of what XLA makes of a function, with the optimisation that runs have."""
+
+    def instructions(function, *args) -> list[tuple[str, tuple[int, ...]]]:
+        options = {"xla_backend_optimization_level": 3}
+        program = jax.jit(function).lower(*args).compile(compiler_options=options).as_text()
+        found = re.findall(r" = \w+\[([\d,]*)\]\S* ([\w-]+)\(", program)
+        return [
+            (opcode, tuple(map(int, dims.split(",") if dims else ()))) for dims, opcode in found
+        ]
+
+    return instructions

@@ -201,3 +201,17 @@ def test_auto_says_once_what_it_took(capsys, monkeypatch):
     attention(q, k, v)
     attention(q, k, v)
     assert capsys.readouterr().err.count("attention on TPU v5: reference") == 1
+
+
+def test_on_a_cpu_no_square_of_scores_is_turned_around(optimised_instructions):
+    T = 64
+
+    def gradients(q, k, v):
+        o, vjp = jax.vjp(functools.partial(attention, backend="reference"), q, k, v)
+        return vjp(o)
+
+    q, k = jnp.ones((2, T, 4, 16)), jnp.ones((2, T, 2, 16))
+    found = optimised_instructions(gradients, q, k, k)
+    squares = [opcode for opcode, shape in found if shape.count(T) == 2]
+    assert "exponential" in squares, "the scores are seen"
+    assert not {"copy", "transpose"} & set(squares)

@@ -124,3 +124,23 @@ def test_positions_begin_anew_in_each_document():
     found = llama.positions(8, segments)
     assert found.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6]]
     assert llama.positions(3, None).tolist() == [[0, 1, 2]]
+
+
+def test_the_gradient_of_a_product_copies_nothing_on_a_cpu(optimised_instructions):
+    """As `x @ w` does, whose gradient sums over rows and tokens."""
+    x_BTD, w_DF = jnp.ones((4, 64, 48)), jnp.ones((48, 96))
+    for product, copies in ((llama.dense, False), (jnp.matmul, True)):
+
+        def gradients(x_BTD, w_DF, product=product):
+            y_BTF, vjp = jax.vjp(product, x_BTD, w_DF)
+            return vjp(y_BTF)
+
+        found = optimised_instructions(gradients, x_BTD, w_DF)
+        assert any(opcode in ("copy", "transpose") for opcode, _ in found) == copies
+
+
+def test_a_product_takes_weights_of_any_shape_behind_the_width():
+    x_BTD = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    w_DNH = jax.random.normal(jax.random.key(1), (8, 3, 4))
+    expected = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+    np.testing.assert_allclose(llama.dense(x_BTD, w_DNH), expected, rtol=1e-5, atol=1e-5)

@@ -1,8 +1,8 @@
 """The Llama 2 decoder as Flax NNX modules: RoPE, RMSNorm, SwiGLU, grouped-query attention.
 
 Shapes: B batch, T tokens, S columns of a cache, D width, N query heads, K kv heads, H head width,
-F SwiGLU width, V vocabulary, L layers. Weights are named and shaped for what they multiply:
-`query_DNH`.
+F SwiGLU width, V vocabulary, L layers, X = N H. Weights are named and shaped for what they
+multiply: `query_DNH`.
 """
 
 import functools
@@ -63,13 +63,14 @@ def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.A
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def dense(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x w, (B, T, F).
+def dense(x_BTD: jax.Array, w_D: jax.Array) -> jax.Array:
+    """x w, (B, T, ...), for weights (D, ...) of any shape behind D.
 
     All tokens are one axis in it: XLA on CPUs turns a matrix around, with a copy, for a product
     that sums over two axes, as the gradient of w would over B and T.
     """
-    return (x_BTD.reshape(-1, len(w_DF)) @ w_DF).reshape(*x_BTD.shape[:-1], -1)
+    D = x_BTD.shape[-1]
+    return (x_BTD.reshape(-1, D) @ w_D.reshape(D, -1)).reshape(*x_BTD.shape[:-1], *w_D.shape[1:])
 
 
 class Block(nnx.Module):
@@ -112,17 +113,17 @@ class Block(nnx.Module):
             h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
             # One product for the three, or the backward pass would add up three gradients of h.
             heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-            N, K, H = self.config.query_heads, self.config.kv_heads, self.config.head_width
-            w_DX = jnp.concatenate(heads, axis=1).reshape(self.config.width, -1)
-            qkv_BTMH = dense(h_BTD, w_DX).reshape(*h_BTD.shape[:2], N + 2 * K, H)
+            qkv_BTMH = dense(h_BTD, jnp.concatenate(heads, axis=1))
+            N, K = self.config.query_heads, self.config.kv_heads
             q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
             return rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
 
     def above_attention(self, x_BTD, o_BTNH) -> jax.Array:
         """The residual stream above the block, from that below it and what attention gave."""
         with jax.named_scope("attention"):
-            w_XD = self.output_NHD[...].reshape(-1, self.config.width)
-            x_BTD = x_BTD + dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), w_XD)
+            # The heads side by side as one axis, for the same reason as in `dense`.
+            output_XD = self.output_NHD[...].reshape(-1, self.config.width)
+            x_BTD = x_BTD + dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), output_XD)
             x_BTD = checkpoint_name(x_BTD, "middle")
         with jax.named_scope("swiglu"):
             h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)

@@ -1,7 +1,7 @@
 """The training loss: the head's product and its cross-entropy in one, a chunk of tokens at a time.
 And the same token by token, for tasks that ask how likely a text is.
 
-Shapes: B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
+Shapes: B batch, T tokens, D width, V vocabulary, C tokens of a chunk, M = B C.
 """
 
 import jax
@@ -75,6 +75,7 @@ def _forward(x_BTD, head_DV, targets_BT, weights_BT):
         dlogits_BCV = (probabilities_BCV - is_target_BCV) * weights_BC[..., None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = dlogits_BCV @ head_DV.T
+        # Tokens as one axis: for a sum over two, XLA on CPUs would copy the logits transposed.
         x_MD, dlogits_MV = (x.reshape(-1, x.shape[-1]) for x in (x_BCD, dlogits_BCV))
         dhead_DV += jnp.matmul(x_MD.T, dlogits_MV, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(losses_BC * weights_BC), dhead_DV), (dx_BCD, losses_BC)
