@@ -103,18 +103,22 @@ def test_no_large_collective_is_synchronous(program):
     assert not [c for c in program.collectives if c.bytes > MIB and not c.asynchronous]
 
 
-def test_communication_is_exposed_for_three_percent_of_the_step_at_most(config, program):
-    """At 400 Gb/s a node: what a collective needs beyond the work that stands beside it.
+def wire_seconds(collective):
+    """In a ring over both nodes every byte but one device's share enters a node once."""
+    return collective.bytes * (collective.devices - 1) / collective.devices / NODE_NETWORK
 
-    In a ring over both nodes every byte but one device's share enters a node once; work takes at
-    least its FLOPs at the A100's peak, and its bytes at peak bandwidth.
-    """
+
+def seconds_beside(collective):
+    """Work takes at least its FLOPs at the A100's peak, and its bytes at peak bandwidth."""
+    return collective.overlapped_flops / 312e12 + collective.overlapped_bytes / A100_40G.bandwidth
+
+
+def test_communication_is_exposed_for_three_percent_of_the_step_at_most(config, program):
+    """At 400 Gb/s a node: what a collective needs beyond the work that stands beside it."""
     exposed, whole = 0.0, 0.0
     for c in program.collectives:
-        wire = c.bytes * (c.devices - 1) / c.devices / NODE_NETWORK
-        beside = c.overlapped_flops / 312e12 + c.overlapped_bytes / A100_40G.bandwidth
-        exposed += c.times * max(0.0, wire - beside)
-        whole += c.times * wire
+        exposed += c.times * max(0.0, wire_seconds(c) - seconds_beside(c))
+        whole += c.times * wire_seconds(c)
     tokens = config.batch_rows * config.model.context / 16
     share, unhidden = (seconds * A100_TOKENS_PER_SEC / tokens for seconds in (exposed, whole))
     print(f"exposed {share:.2%} of a step, {unhidden:.2%} if nothing were beside it")
@@ -122,13 +126,18 @@ def test_communication_is_exposed_for_three_percent_of_the_step_at_most(config, 
     assert share < unhidden / 5, "most of it is hidden"
 
 
-def test_all_layers_but_the_outermost_hide_their_communication(config, program):
-    """The first bucket to arrive and the last to leave have nothing to hide behind."""
-    for kind in ("all-gather", "reduce-scatter"):
-        beside = [c.overlapped_flops > 1e12 for c in of_kind(program, kind)]
-        assert sum(beside) >= config.model.layers
-        bare = 2 if kind == "all-gather" else -2
-        assert all(beside[bare:] if bare > 0 else beside[:bare])
+def test_all_layers_but_the_outermost_hide_their_communication(program):
+    """The first bucket to arrive and the last to leave have nothing to hide behind.
+
+    The compiler puts no more beside a collective than it thinks is needed, so that the longest, the
+    head's, may stick out.
+    """
+    for kind, inner in (("all-gather", slice(2, None)), ("reduce-scatter", slice(None, -2))):
+        buckets = of_kind(program, kind)[inner]
+        hidden = [min(1, seconds_beside(c) / wire_seconds(c)) for c in buckets]
+        print(kind, [f"{share:.2f}" for share in hidden])
+        assert sorted(hidden)[1] > 0.9
+        assert min(hidden) > 0.5
 
 
 def test_no_matrix_product_runs_twice(config, program):

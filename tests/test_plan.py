@@ -330,7 +330,7 @@ def test_what_is_compiled_and_what_is_estimated_agree(command, config_1b):
         assert one["peak_bytes_per_device"] <= (
             compiled["usable_bytes_per_device"] - compiled["reserve_bytes_per_device"]
         )
-        assert one["rows"] == pytest.approx(other.rows, rel=0.1)
+        assert one["rows"] == pytest.approx(other.rows, rel=0.1, abs=1)  # rows are whole
     assert guess.step_seconds == pytest.approx(compiled["step_seconds"], rel=0.1)
 
 
