@@ -1,7 +1,10 @@
 """From runs, folders and the original's files to what other runtimes open."""
 
+import contextlib
 import dataclasses
 import json
+import re
+import resource
 import shutil
 import weakref
 from pathlib import Path
@@ -16,12 +19,16 @@ from conftest import ODD, SMALL
 from test_cli import exit_code
 from test_huggingface import edit_json
 from test_warm_start import weights_of
-from tinyllama_jax.config import UserError
+from tinyllama_jax.config import CheckpointConfig, UserError
 from tinyllama_jax.inference import conversion, huggingface, litgpt
 from tinyllama_jax.inference.gguf import export_gguf
 from tinyllama_jax.inference.safetensors_files import INDEX, split
-from tinyllama_jax.inference.tensors import NAMES, unread_weights
-from tinyllama_jax.runtime.mesh import named_leaves
+from tinyllama_jax.inference.tensors import tensors, unread_weights
+from tinyllama_jax.model.llama import abstract_weights
+from tinyllama_jax.runtime import checkpoint
+from tinyllama_jax.runtime.checkpoint import Checkpoints
+from tinyllama_jax.runtime.mesh import make_mesh, named_leaves
+from tinyllama_jax.training.step import init_state
 
 
 def assert_same(found, wanted):
@@ -135,19 +142,41 @@ def test_an_export_knows_every_flipped_bit(sharded):
     huggingface.load(sharded)
 
 
-def test_one_weight_of_all_layers_is_in_memory_at_a_time(weights, small_tokenizer, tmp_path):
+def test_one_layer_is_in_memory_at_a_time(exported, weights, small_tokenizer, tmp_path):
     alive = []
 
-    def read(path):
-        assert not any(array() is not None for array in alive), f"another is there beside {path}"
-        array = np.array(named_leaves(weights)[path])
+    def read(path, index):
+        assert path.startswith("blocks.") == (index is not ...)
+        # What is written last may be there, and be what was read.
+        assert sum(array() is not None for array in alive) < 2, f"others are there beside {path}"
+        array = np.array(named_leaves(weights)[path][index])
         alive.append(weakref.ref(array))
         return array
 
     unread = unread_weights(ODD, read)
-    huggingface.export(unread, ODD, small_tokenizer, tmp_path / "hf", dtype="bfloat16")
+    huggingface.export(unread, ODD, small_tokenizer, tmp_path / "hf")
     export_gguf(unread, ODD, small_tokenizer, tmp_path / "model.gguf")
-    assert len(alive) == 2 * len(NAMES)
+    assert len(alive) == 2 * len(tensors(ODD))
+    whole, again = (folder / "model.safetensors" for folder in (exported, tmp_path / "hf"))
+    assert whole.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0, 0.25])
+def test_a_disk_that_is_full_leaves_nothing(share, exported, tmp_path, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    size = int(share * (folder / "model.safetensors").stat().st_size)
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for to, out in (("hf", tmp_path / "new"), ("gguf", tmp_path / "new.gguf"), ("hf", folder)):
+        # The kernel refuses what goes beyond, as it does on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
+        try:
+            assert exit_code(["convert", folder, out, "--to", to]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf".*{out.name} cannot be written \(.*(large|written)\): .*\n", said)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert huggingface.verify_export(folder) == []
 
 
 # Runs.
@@ -247,6 +276,50 @@ def test_a_mistaken_option_of_convert_leaves_nothing(source, tmp_path, capsys):
         assert exit_code(["convert", source, out, "--to", to, *argv]) == 2
         assert words in capsys.readouterr().err
         assert not out.exists()
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_file_of_a_checkpoint_that_was_cut_off_is_said(hashed, source, tmp_path, capsys):
+    """Without its hashes too, as a machine that lost its power leaves it."""
+    folder, out = source / "checkpoints" / "10", tmp_path / "out"
+    if not hashed:
+        (folder / "sha256.json").unlink()
+    for file in sorted((folder / "weights").rglob("*")):
+        if file.is_dir() or not (whole := file.read_bytes()):
+            continue
+        file.write_bytes(whole[: len(whole) // 2])
+        code = exit_code(["convert", source, out, "--to", "hf", "--step", "10"])
+        said = capsys.readouterr().err
+        # Not all files are needed for reading on one device.
+        if code == 0 and not hashed:
+            huggingface.load(out)
+            shutil.rmtree(out)
+        else:
+            assert code == 2 and said.count("\n") == 1, file
+            assert "Checkpoint 10" in said and "damaged" in said and "take another" in said
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+        file.write_bytes(whole)
+    assert exit_code(["convert", source, out, "--to", "hf", "--step", "10"]) == 0
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_checkpoint_is_read_by_the_layer(devices, chunked, config, tmp_path, monkeypatch):
+    """And one whose weights lie in one chunk each, as they once did, a weight once."""
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        state = init_state(config, mesh)
+    if not chunked:
+        monkeypatch.setattr(checkpoint, "_chunks", lambda tree: None)
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig(every=1))) as checkpoints:
+        checkpoints.save(state, {"rows": 1, "fingerprint": {}, "config": {}})
+    read = Checkpoints(tmp_path).weight_reader(0, abstract_weights(SMALL))
+    for path, leaf in named_leaves(state["weights"]).items():
+        np.testing.assert_array_equal(read(path, ...), leaf)
+        if path.startswith("blocks."):
+            layers = [read(path, layer) for layer in range(SMALL.layers)]
+            np.testing.assert_array_equal(layers, leaf)
+            assert np.shares_memory(read(path, 1), layers[1]) == (not chunked)
 
 
 def test_a_damaged_checkpoint_stops_all_steps_before_the_first(source, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """One file for llama.cpp: the GGUF format, by its own package."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 
 from tinyllama_jax.config import LlamaConfig, UserError, aside_name, make_folder, require
-from tinyllama_jax.inference.huggingface import require_pieces, require_shapes
+from tinyllama_jax.inference.huggingface import require_pieces, require_shapes, unwritten
 from tinyllama_jax.inference.tensors import stream, tensors
 from tinyllama_jax.inference.tokenizer_json import read_pieces, special_tokens
 from tinyllama_jax.model.llama import Weights
@@ -39,7 +40,7 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
     Raises:
       UserError: weights that are not finite in fp16 or do not fit the config, a tokenizer that
         llama.cpp cannot express or of another number of pieces, a file that is no GGUF in the
-        place, or the gguf package is not installed.
+        place, a full disk, or the gguf package is not installed.
     """
     try:
         import gguf
@@ -107,8 +108,12 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
             writer.write_tensor_data(array)
         writer.close()
         aside.rename(file)
+    except OSError as error:
+        raise unwritten(file, error) from error
     finally:
-        writer.close()
+        # On a full disk closing fails as well, on what is still in its buffer.
+        with contextlib.suppress(OSError):
+            writer.close()
         aside.unlink(missing_ok=True)
 
 

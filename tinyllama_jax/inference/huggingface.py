@@ -83,7 +83,7 @@ def export(
 
     Args:
       weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`: of those only
-        one weight of all layers is in memory at a time.
+        one layer of a weight is in memory at a time.
       config: the model they belong to.
       tokenizer: the sentencepiece model it was trained with.
       folder: where to write.
@@ -94,7 +94,7 @@ def export(
     Raises:
       UserError: weights that are not finite or do not fit the config or the dtype, another number
         of pieces than `config.vocab_size`, a model or tokenizer that transformers cannot express,
-        or a folder that holds anything but an earlier export, which stays untouched.
+        a full disk, or a folder that holds anything but an earlier export, which stays untouched.
     """
     tokenizer, folder = Path(tokenizer), Path(folder).resolve()
     require_replaceable(folder)
@@ -163,9 +163,17 @@ def export(
         card = model_card.render(folder.name, config, dtype, facts)
         (partial / CARD).write_text(card, encoding="utf-8")
         replace(partial, folder)
-    except BaseException:
+    except OSError as error:
+        raise unwritten(folder, error) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def unwritten(path: Path, error: OSError) -> UserError:
+    """The sentence for an export that the disk did not take."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}): make room, or give another path."
+    )
 
 
 def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:

@@ -78,21 +78,28 @@ def tensors(config: LlamaConfig) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """A weight of all layers that lies on disk; `np.asarray` reads it, each time anew.
+    """A weight that lies on disk: `weight[layer]` reads a layer, `np.asarray` all, each time anew.
 
-    Models are converted by a weight of all layers at a time, because that is how a checkpoint keeps
-    them: one chunk, compressed.
+    What has no layer axis has the index `...`.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[Any], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read(index)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
+        return np.asarray(self.read(...), dtype)
 
 
-def unread_weights(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> Weights:
-    """The tree of weights with an `Unread` for each leaf; `read` is given its dotted path."""
+def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) -> Weights:
+    """The tree of weights with an `Unread` for each leaf.
+
+    Args:
+      config: the model they belong to.
+      read: is given a leaf's dotted path, and a layer or `...`.
+    """
     flat = {
         path: Unread(leaf.shape, functools.partial(read, path))
         for path, leaf in leaves(config).items()
@@ -103,16 +110,18 @@ def unread_weights(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> We
 def unread_tensors(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> Weights:
     """The same, fp32, from a `read` that is given Hugging Face's names and gives their tensors."""
     shapes = {path: leaf.shape for path, leaf in leaves(config).items()}
-    table = tensors(config).items()
+    table = tensors(config)
+    names = {(tensor.path, tensor.index): name for name, tensor in table.items()}
 
-    def stack(path: str) -> np.ndarray:
+    def part(path: str, index: Any) -> np.ndarray:
+        if name := names.get((path, index)):
+            return table[name].to_ours(read(name).astype(np.float32))
         stacked = np.empty(shapes[path], np.float32)
-        for name, tensor in table:
-            if tensor.path == path:
-                stacked[tensor.index] = tensor.to_ours(read(name).astype(np.float32))
+        for layer in range(config.layers):
+            stacked[layer] = part(path, layer)
         return stacked
 
-    return unread_weights(config, stack)
+    return unread_weights(config, part)
 
 
 def stream(
@@ -121,8 +130,8 @@ def stream(
     """Every tensor as Hugging Face has it, in the order of `tensors(config)`.
 
     Args:
-      weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`; one weight of
-        all layers is in memory at a time.
+      weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`; of those one
+        layer of a weight is in memory at a time.
       config: the model they belong to.
       dtype: of the arrays that come out: float32, bfloat16 or float16.
       gains: of those of the norms, if another.
@@ -130,18 +139,25 @@ def stream(
     Raises:
       UserError: a weight holds values that are not finite, as it is or in the dtype asked for.
     """
-    flat, at, whole = named_leaves(weights), None, np.empty(0)
+    flat = named_leaves(weights)
     for name, tensor in tensors(config).items():
-        if tensor.path != at:
-            whole = np.empty(0)  # let go of one before the next is read
-            at, whole = tensor.path, np.asarray(flat[tensor.path])
         to = gains if gains and len(tensor.hf_shape) == 1 else dtype
-        with np.errstate(over="ignore"):
-            array = tensor.to_hf(whole[tensor.index].astype(to))
-        if not np.isfinite(array).all():
-            require(
-                bool(np.isfinite(whole[tensor.index]).all()),
-                f"Weight {at} holds values that are not finite: convert an earlier checkpoint.",
-            )
-            raise UserError(f"Weight {at} holds values too large for {to}: give another dtype.")
-        yield name, array
+        # Held here by no name: it would still be there while the next one is read.
+        yield name, _part(flat[tensor.path], tensor, to)
+
+
+def _part(weight: Any, tensor: Tensor, dtype: str) -> np.ndarray:
+    """One tensor of a weight, as Hugging Face has it."""
+    part = (weight if isinstance(weight, Unread) else np.asarray(weight))[tensor.index]
+    with np.errstate(over="ignore"):
+        array = tensor.to_hf(part.astype(dtype, copy=False))
+    if not np.isfinite(array).all():
+        require(
+            bool(np.isfinite(part).all()),
+            f"Weight {tensor.path} holds values that are not finite: convert an earlier "
+            "checkpoint.",
+        )
+        raise UserError(
+            f"Weight {tensor.path} holds values too large for {dtype}: give another dtype."
+        )
+    return array

@@ -6,6 +6,9 @@ files are hashed into `sha256.json`, because Orbax restores a flipped bit withou
 
 Of several processes each writes its part of the arrays, and the first does everything else: what it
 finds on disk is what all go by. Every function here is for all processes together.
+
+Arrays of all layers lie in chunks of a layer, so that a conversion can read one at a time. Orbax
+reads no part of an array, TensorStore does, which Orbax writes through.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
+import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tinyllama_jax.config import (
@@ -34,7 +37,7 @@ from tinyllama_jax.config import (
 )
 from tinyllama_jax.config_file import model_of_run
 from tinyllama_jax.runtime import processes
-from tinyllama_jax.runtime.mesh import named_leaves
+from tinyllama_jax.runtime.mesh import WEIGHT_AXES, named_leaves, weight_name
 
 ITEMS = {
     "weights": ocp.StandardCheckpointHandler,
@@ -42,6 +45,8 @@ ITEMS = {
     "run": ocp.JsonCheckpointHandler,
 }
 HASHES = "sha256.json"
+# Of a chunk: it is in memory as it lies on disk, beside what is made of it.
+CHUNK_BYTES = 2**26
 
 
 @contextlib.contextmanager
@@ -169,12 +174,13 @@ class Checkpoints:
             f"{self.folder} has {free / 1e9:.1f} GB free and a checkpoint takes "
             f"{needed / 1e9:.1f} GB: make room and run the same command again.",
         )
-        rest = {key: value for key, value in state.items() if key != "weights"}
+        rest = named_leaves({key: value for key, value in state.items() if key != "weights"})
+        weights = state["weights"]
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(state["weights"]),
-                optimizer=ocp.args.StandardSave(named_leaves(rest)),
+                weights=ocp.args.StandardSave(weights, save_args=_chunks(weights)),
+                optimizer=ocp.args.StandardSave(rest, save_args=_chunks(rest)),
                 run=ocp.args.JsonSave(run),
             ),
         )
@@ -285,25 +291,52 @@ class Checkpoints:
 
     def weight_reader(
         self, step: int, abstract_weights: dict[str, Any]
-    ) -> Callable[[str], np.ndarray]:
-        """What reads one weight of a checkpoint, by its dotted path, and nothing else.
+    ) -> Callable[[str, Any], np.ndarray]:
+        """What reads a part of a weight of a checkpoint, by its dotted path and an index.
+
+        The index is a layer, or `...` for the whole. In a checkpoint that keeps a weight of all
+        layers in one chunk, as they once did, asking for a layer reads the whole, which stays in
+        memory until another weight is asked for.
 
         Raises:
-          UserError: the checkpoint holds other weights.
+          UserError: the checkpoint holds other weights, or is damaged; of the arrays only what is
+            read is looked at.
         """
-        self._compare(step, "weights", abstract_weights)
+        with self._said(step):
+            self._compare(step, "weights", abstract_weights)
         folder = self.folder / str(step) / "weights"
+        held: dict[str, np.ndarray] = {}
 
-        def read(path: str) -> np.ndarray:
-            args = ocp.args.PyTreeRestore(
-                _nested(path, 0),
-                restore_args=_nested(path, ocp.RestoreArgs(restore_type=np.ndarray)),
-                partial_restore=True,
-            )
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return named_leaves(checkpointer.restore(folder, args=args))[path]
+        def read(path: str, index: Any) -> np.ndarray:
+            if path not in held:
+                held.clear()
+            with self._said(step):
+                # Orbax's layout: an OCDBT database, in it a Zarr array under each weight's path.
+                base = {"driver": "file", "path": f"{folder}/"}
+                store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+                spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+                array = tensorstore.open(spec, open=True, read=True).result()
+                if index is ... or array.chunk_layout.read_chunk.shape[0] == 1:
+                    return array[index].read().result()
+                if path not in held:
+                    held[path] = array.read().result()
+                return held[path][index]
 
         return read
+
+    @contextlib.contextmanager
+    def _said(self, step: int) -> Iterator[None]:
+        """Makes one sentence of whatever a damaged checkpoint lets its readers raise."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # TensorStore's, Orbax's and JSON's share no class
+            others = [other for other in self.steps() if other != step]
+            raise UserError(
+                f"Checkpoint {step} of {self.folder} is damaged "
+                f"({str(error).splitlines()[0][:200]}): take another of {others}."
+            ) from error
 
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
         metadata = self._manager.item_metadata(step)[item]
@@ -379,9 +412,16 @@ def _hashes(folder: Path, item: str = ".") -> dict[str, str]:
     return hashes
 
 
-def _nested(path: str, leaf: Any) -> dict[str, Any]:
-    """The tree of one leaf at a dotted path."""
-    return traverse_util.unflatten_dict({path: leaf}, sep=".")
+def _chunks(tree: Any) -> Any:
+    """How Orbax cuts each array of a tree: a layer to a chunk, or less, and no layer in several."""
+
+    def args(path: str, leaf: Any) -> ocp.SaveArgs:
+        axes = WEIGHT_AXES[weight_name(path)] if np.shape(leaf) else ()
+        layer = tuple(index for index, axis in enumerate(axes) if axis == "layer")
+        return ocp.SaveArgs(shard_axes=layer, chunk_byte_size=CHUNK_BYTES)
+
+    found = [args(path, leaf) for path, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
 def _describe(array: tuple[tuple[int, ...], str] | None) -> str:
