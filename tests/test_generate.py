@@ -1,6 +1,7 @@
 """Generation: what the cache, the batch and the sampler give."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import SMALL
 from tinyllama_jax.config import UserError
+from tinyllama_jax.inference import generate as inference
 from tinyllama_jax.inference.generate import CHUNK, Sampler, filter_logits, generate, stream
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import make_mesh, shardings
@@ -149,13 +151,34 @@ def test_nothing_is_compiled_again_as_texts_grow(weights, greedy):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_weights_in_parts_over_a_mesh_give_the_same_text(weights, greedy):
-    mesh = make_mesh()
+def test_each_device_goes_on_with_its_own_rows(weights, monkeypatch):
+    """As on one device, from weights in parts; eleven rows, and five that no one asked for."""
+    mesh = make_mesh(data=2)
     parts = jax.device_put(weights, shardings(weights, mesh))
+    go_on, calls = inference._go_on, []
+
+    def watched(*args):
+        cache = args[2].cache
+        arrays = cache.keys_LBKSH, cache.values_LBKSH
+        shapes = [(x.shape, x.addressable_shards[0].data.shape) for x in arrays]
+        calls.append((args[:2] + jax.tree.map(jax.typeof, args[2:]), shapes))
+        return go_on(*args)
+
+    prompts = [*PROMPTS, *PROMPTS, *PROMPTS[:3]]
+    for sampler in (Sampler(), Sampler(5.0, top_k=50, top_p=0.9)):
+        options = {"max_tokens": 40, "eos": 17, "sampler": sampler, "seed": 8}
+        alone = generate(MODEL, weights, prompts, **options)
+        with jax.set_mesh(mesh), monkeypatch.context() as patch:
+            patch.setattr(inference, "_go_on", watched)
+            assert generate(MODEL, parts, prompts, **options) == alone
+    for _, shapes in calls:
+        for (L, B, *rest), part in shapes:
+            assert B == 16 and part == (L, 2, *rest)
     with jax.set_mesh(mesh):
-        assert generate(MODEL, parts, PROMPTS, max_tokens=40, eos=None) == [
-            row[:40] for row in greedy
-        ]
+        program = go_on.lower(*calls[-1][0]).compile().as_text()
+    collective = r"all-\w+|reduce-scatter|collective-\w+"
+    moved = re.findall(rf"= (\w+\[[\d,]*\])\S* ({collective})\(", program)
+    assert moved == [(f"s32[16,{CHUNK}]", "all-gather")], "only new tokens leave their device"
 
 
 @pytest.mark.torch

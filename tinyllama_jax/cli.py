@@ -362,15 +362,17 @@ def generate(
       seed: Of the samples at a temperature above 0; each further prompt takes the next number.
       ids: Print the new ids alone, a line for each prompt.
     """
+    import jax
+
     from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
     from tinyllama_jax.inference import conversion
-    from tinyllama_jax.inference.generate import Sampler, stream
-    from tinyllama_jax.inference.generate import generate as continue_ids
+    from tinyllama_jax.inference import generate as inference
     from tinyllama_jax.inference.text import as_they_come, make_stop
+    from tinyllama_jax.runtime.mesh import make_mesh
 
     require(bool(prompt) != bool(prompt_ids), "Give either --prompt TEXT or --prompt-ids 1 5 9.")
     require(all(stop), "--stop is empty: give a string, or leave it out.")
-    sampler = Sampler(temperature, top_k, top_p)
+    sampler = inference.Sampler(temperature, top_k, top_p)
     config, weights = conversion.open_model(path).read()
     # Ids alone need none.
     tokenizer = load_tokenizer(path / "tokenizer.model") if prompt or stop or not ids else None
@@ -386,14 +388,16 @@ def generate(
         eos=EOS,
         stop=make_stop(tokenizer, stop) if tokenizer else None,
     )
-    if ids:
-        for new in continue_ids(config, weights, prompts, **options):
-            print(*new)
-    else:
-        assert tokenizer
-        chunks = stream(config, weights, prompts, **options)
-        for part in as_they_come(tokenizer, prompts, chunks, stop):
-            print(part, end="", flush=True)
+    # A device without a prompt would only need the weights too.
+    with jax.set_mesh(make_mesh(devices=jax.devices()[: len(prompts)])):
+        if ids:
+            for new in inference.generate(config, weights, prompts, **options):
+                print(*new)
+        else:
+            assert tokenizer
+            chunks = inference.stream(config, weights, prompts, **options)
+            for part in as_they_come(tokenizer, prompts, chunks, stop):
+                print(part, end="", flush=True)
     return DONE
 
 

@@ -4,6 +4,9 @@ A call runs two programs. One reads all prompts at once and leaves a cache of ke
 other is a loop that adds a token to each row, `CHUNK` tokens a call, so that the host can look at
 them. The size of the cache is fixed at the start, so neither is compiled again as texts grow.
 
+Under `jax.set_mesh` each device goes on with its own rows and keeps their part of the cache. The
+weights are whole on all of them, so that the devices need nothing from each other.
+
 Shapes: B rows, T tokens of the longest prompt and its padding, C = CHUNK, V vocabulary.
 """
 
@@ -11,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import LlamaConfig, require
 from tinyllama_jax.model import llama
+from tinyllama_jax.runtime.mesh import BATCH_AXES
 
 CHUNK = 8  # new tokens of a row between two looks at them
 SMALLEST = 32  # sizes are powers of two from here on, so that few programs serve all lengths
@@ -60,7 +64,7 @@ def generate(
 
     Args:
       config: the model.
-      weights: in the dtype to compute in.
+      weights: in the dtype to compute in; whole or in parts over the mesh that is set, if one is.
       prompts: ids, at least one each.
       max_tokens: new tokens of a row at most; fewer where its text fills the context.
       sampler: how tokens are chosen.
@@ -112,14 +116,17 @@ def stream(
         return
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limits_B = np.minimum(max_tokens, config.context - lengths_B)
-    tokens_BT = np.zeros((len(prompts), _size(max(lengths_B))), np.int32)
-    for tokens_T, prompt in zip(tokens_BT, prompts, strict=True):
+    T = _size(max(lengths_B))
+    columns = _size(T + max(limits_B) - 1)  # nobody reads the last token
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    B = -(-len(prompts) // devices) * devices  # the last rows may be no one's
+    lengths_B = np.pad(lengths_B, (0, B - len(prompts)), constant_values=1)
+    tokens_BT = np.zeros((B, T), np.int32)
+    for tokens_T, prompt in zip(tokens_BT, prompts, strict=False):
         tokens_T[: len(prompt)] = prompt
-    columns = _size(tokens_BT.shape[1] + max(limits_B) - 1)  # nobody reads the last token
-    seeds_B = (seed + np.arange(len(prompts))).astype(np.uint32)
     # With their types: a program is compiled for each of them.
     how = (
-        seeds_B,
+        (seed + np.arange(B)).astype(np.uint32),
         np.float32(sampler.temperature),
         np.int32(sampler.top_k),
         np.float32(sampler.top_p),
@@ -127,19 +134,23 @@ def stream(
     end = np.int32(-1 if eos is None else eos)
 
     weights = _for_decoding(weights)
-    texts = _begin(config, columns, weights, tokens_BT, lengths_B, how)
-    new_BC, new = np.asarray(texts.newest_B)[:, None], 1
-    rows, open_B = [[] for _ in prompts], np.ones(len(prompts), bool)
+    newest_B, texts = _begin(config, columns, weights, tokens_BT, lengths_B, how)
+    new_BC, new, column = np.asarray(newest_B)[:, None], 1, T
+    rows, open_B = [[] for _ in prompts], np.arange(B) < len(prompts)
     while True:
         before = [len(row) for row in rows]
-        for index, ids_C in enumerate(np.asarray(new_BC)[:, :new].tolist()):
+        for index, row in enumerate(rows):
             if open_B[index]:
-                open_B[index] = _extend(rows[index], ids_C, limits_B[index], eos, stop)
+                ids_C = new_BC[index, :new].tolist()
+                open_B[index] = _extend(row, ids_C, limits_B[index], eos, stop)
         yield [row[start:] for row, start in zip(rows, before, strict=True)]
         if not open_B.any():
             return
         new = min(CHUNK, max(limits_B[i] - len(rows[i]) for i in np.flatnonzero(open_B)))
-        new_BC, texts = _go_on(config, weights, texts, open_B, np.int32(new), end, how)
+        new_BC, texts = _go_on(
+            config, weights, texts, np.int32(column), open_B, np.int32(new), end, how
+        )
+        new_BC, column = np.asarray(new_BC), column + new
 
 
 def _check(config: LlamaConfig, prompt: Sequence[int]) -> None:
@@ -179,53 +190,86 @@ def _extend(
     return True
 
 
-_for_decoding = jax.jit(llama.for_decoding)
+@jax.jit
+def _for_decoding(weights: llama.Weights) -> llama.Weights:
+    return _everywhere(llama.for_decoding(weights))
 
 
 class _Texts(NamedTuple):
-    """Where the rows are, on the device."""
+    """Where the rows are, on the devices."""
 
     newest_B: jax.Array
     """Tokens that the model has not read yet."""
     positions_B: jax.Array
     """Where they stand in their texts."""
-    column: jax.Array
-    """Where they go in the cache."""
     cache: llama.Cache
 
 
+def _split(rows_axis: int = 0) -> Any:
+    """Rows, which stand on this axis, over all devices; `Any` where an array is meant."""
+    return P(*(None,) * rows_axis, BATCH_AXES)
+
+
+TEXTS = _Texts(_split(), _split(), llama.Cache(_split(1), _split(1), _split()))
+HOW = (_split(), P(), P(), P())
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(config, columns, weights, tokens_BT, lengths_B, how) -> _Texts:
+def _begin(config, columns, weights, tokens_BT, lengths_B, how) -> tuple[jax.Array, _Texts]:
     """Reads the prompts and chooses the first token of each row."""
-    logits_BV, cache = llama.prefill(config, weights, tokens_BT, lengths_B, columns)
-    newest_B = _choose(logits_BV, lengths_B, *how)
-    return _everywhere(_Texts(newest_B, lengths_B, jnp.int32(tokens_BT.shape[1]), cache))
+
+    def begin(weights, tokens_BT, lengths_B, how):
+        logits_BV, cache = llama.prefill(config, weights, tokens_BT, lengths_B, columns)
+        return _Texts(_choose(logits_BV, lengths_B, *how), lengths_B, cache)
+
+    begin = _on_own_rows(begin, (P(), _split(), _split(), HOW), TEXTS)
+    texts = begin(weights, tokens_BT, lengths_B, how)
+    return _everywhere(texts.newest_B), texts
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="texts")
-def _go_on(config, weights, texts, open_B, steps, end, how) -> tuple[jax.Array, _Texts]:
-    """Up to `steps` more tokens of each row, (B, C), until none of the open ones goes on."""
+def _go_on(config, weights, texts, column, open_B, steps, end, how) -> tuple[jax.Array, _Texts]:
+    """Up to `steps` more tokens of each row, (B, C), until none of a device's open ones goes on.
 
-    def goes_on(state):
-        step, _, open_B, _ = state
-        return (step < steps) & jnp.any(open_B)
+    The first goes into `column` of the cache.
+    """
 
-    def add_token(state):
-        step, new_BC, open_B, texts = state
-        logits_BV, cache = llama.decode(config, weights, *texts)
-        positions_B = texts.positions_B + 1
-        newest_B = _choose(logits_BV, positions_B, *how)
-        new_BC = new_BC.at[:, step].set(newest_B)
-        texts = _Texts(newest_B, positions_B, texts.column + 1, cache)
-        return step + 1, new_BC, open_B & (newest_B != end), texts
+    def go_on(weights, texts, column, open_B, steps, end, how):
+        def goes_on(state):
+            step, _, open_B, _ = state
+            return (step < steps) & jnp.any(open_B)
 
-    new_BC = jnp.zeros((len(open_B), CHUNK), jnp.int32)
-    _, new_BC, _, texts = jax.lax.while_loop(goes_on, add_token, (0, new_BC, open_B, texts))
-    return _everywhere((new_BC, texts))
+        def add_token(state):
+            step, new_BC, open_B, (newest_B, positions_B, cache) = state
+            logits_BV, cache = llama.decode(
+                config, weights, newest_B, positions_B, column + step, cache
+            )
+            positions_B = positions_B + 1
+            newest_B = _choose(logits_BV, positions_B, *how)
+            new_BC = new_BC.at[:, step].set(newest_B)
+            texts = _Texts(newest_B, positions_B, cache)
+            return step + 1, new_BC, open_B & (newest_B != end), texts
+
+        new_BC = jnp.zeros((len(open_B), CHUNK), jnp.int32)
+        _, new_BC, _, texts = jax.lax.while_loop(goes_on, add_token, (0, new_BC, open_B, texts))
+        return new_BC, texts
+
+    specs = (P(), TEXTS, P(), _split(), P(), P(), HOW)
+    go_on = _on_own_rows(go_on, specs, (_split(), TEXTS))
+    new_BC, texts = go_on(weights, texts, column, open_B, steps, end, how)
+    return _everywhere(new_BC), texts
+
+
+def _on_own_rows(run: Callable, in_specs, out_specs) -> Callable:
+    """`run` by every device of the mesh on its own rows; as it is where none is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    # Kernels say nothing about which devices agree.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _everywhere(tree):
-    """Whole on every device, where the weights are in parts: each process reads the new tokens."""
+    """Whole on every device of the mesh, for each process to read."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, P())

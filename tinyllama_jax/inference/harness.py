@@ -55,7 +55,7 @@ set_verbosity_error()  # it warns of what is meant: data that is on this machine
 lm_eval.api.task.tqdm = functools.partial(lm_eval.api.task.tqdm, disable=True)
 
 BATCH_TOKENS = 4096  # of a device at once, padding included
-PROMPTS = 16  # that are continued at once
+PROMPTS = 16  # of a device that are continued at once
 SHORTEST = 32  # tokens of the shortest rows; longer ones double up to the context
 MAX_NEW_TOKENS = 256  # of a task that does not say, as of lm-eval's `hf`
 BOOTSTRAP = 1000  # draws for the standard errors that have no formula
@@ -191,10 +191,11 @@ class TinyLlamaLM(TemplateLM):
         alike = defaultdict(list)
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
             alike[json.dumps(requests[index].args[1], sort_keys=True)].append(index)
+        B = PROMPTS * self._mesh.size
         batches = [
-            (_settings(json.loads(key)), indices[at : at + PROMPTS])
+            (_settings(json.loads(key)), indices[at : at + B])
             for key, indices in alike.items()
-            for at in range(0, len(indices), PROMPTS)
+            for at in range(0, len(indices), B)
         ]
         texts = [""] * len(requests)
         for settings, indices in self._bar(batches, "generating"):
