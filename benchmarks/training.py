@@ -189,7 +189,8 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     }
     target = next((card for card in CARDS.values() if card.device_kind == device.device_kind), None)
     if target and program:
-        work = roofline.work_of_program(read_program(program), config, 1)
+        tokens_of_step = spec["rows"] * config.model.context
+        work = roofline.work_of_program(read_program(program), config, tokens_of_step)
         found["predicted_seconds"] = roofline.seconds(work, target)
     return found
 

@@ -22,6 +22,7 @@ from tinyllama_jax.model.tiles import TILES
 CHIPS = {"A100": "A100", "H100": "H100", "H200": "H100"}
 COMPUTE_CAPABILITY = {"A100": 80, "H100": 90}
 LOWEST = jnp.finfo(jnp.float32).min  # a row without any visible key stays finite
+SCOPE = "attend"  # what each operation of `attention` is named under in a compiled program
 
 # (chip, documents) -> what `auto` takes there, and why.
 AUTO: dict[tuple[str, bool], tuple[AttentionBackend, str]] = {
@@ -32,6 +33,7 @@ AUTO: dict[tuple[str, bool], tuple[AttentionBackend, str]] = {
 }
 
 
+@jax.named_scope(SCOPE)
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -77,8 +77,7 @@ def _backward(kernels, call, residuals, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segments_BT, o_BTNH, lse_BNT = residuals
     # What every score of a query is pulled down by: sum_s p_ts dp_ts = do_t . o_t (Dao et al. 2022,
     # appendix B.2, equation 4).
-    with jax.named_scope("flash_delta"):
-        delta_BTN = jnp.sum(o_BTNH.astype(jnp.float32) * do_BTNH.astype(jnp.float32), axis=-1)
+    delta_BTN = jnp.sum(o_BTNH.astype(jnp.float32) * do_BTNH.astype(jnp.float32), axis=-1)
     inputs = (q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delta_BTN.swapaxes(1, 2))
     documents = find_documents(segments_BT, q_BTNH.shape[1])
     dq_ranges = column_ranges(documents, call, call.tiles.dq, rows="queries")

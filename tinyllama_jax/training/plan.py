@@ -185,7 +185,8 @@ def plan(
         say(f"compiling the step for {mesh_name}")
         program = read_program(compile_step(config, mesh))
         peak, collectives = program.peak_bytes, list(program.collectives)
-        work = roofline.work_of_program(program, config, devices)
+        tokens_of_device = config.batch_rows * config.model.context / devices
+        work = roofline.work_of_program(program, config, tokens_of_device)
     else:
         peak = estimated_peak(config, devices, fsdp)
         collectives = _by_construction(config, data_axis, fsdp)

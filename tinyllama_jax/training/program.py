@@ -9,9 +9,13 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
+
+from tinyllama_jax.model import attention
+
+Kind = Literal["matmul", "attention", "memory", "optimizer", "communication"]
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 ITEM_BYTES = {
@@ -23,6 +27,9 @@ ITEM_BYTES = {
 }
 # Instructions that name or order arrays and move nothing.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota"}
+# Instructions that only run other computations.
+CONTROL = {"while", "call", "conditional"}
+OPTIMIZER_SCOPE = "optimizer"  # what step.py names the update by
 # Matrix products of T x T x H in each of our kernels, a head (Dao 2023, algorithms 1 and 2).
 KERNEL_PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 
@@ -61,9 +68,12 @@ class Program:
     """In the order of the schedule."""
     matmul_flops: int
     attention_flops: int
-    """Of our kernels, with what their backward passes compute again; the causal half alone."""
+    """Of our kernels, with what their backward passes compute again, the causal half alone; or of
+    the products of plain JAX."""
     other_bytes: int
     """Read and written by whatever is neither a matrix product nor attention."""
+    optimizer_bytes: int
+    """Of these, the optimizer's."""
 
 
 def read_program(compiled: jax.stages.Compiled) -> Program:
@@ -85,7 +95,25 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
         matmul_flops=work.matmul_flops,
         attention_flops=work.attention_flops,
         other_bytes=work.other_bytes,
+        optimizer_bytes=work.optimizer_bytes,
     )
+
+
+def read_kinds(compiled: jax.stages.Compiled) -> tuple[str, dict[str, Kind]]:
+    """The name of a program, and what each of its instructions that does something is, by name.
+
+    A fusion that holds a matrix product is one, and one that holds a part of the update belongs to
+    the optimizer. `memory` is all that is of no other kind. Reads programs for CPUs too.
+    """
+    text = compiled.as_text() or ""
+    schedule = _Schedule(text)
+    kinds: dict[str, Kind] = {
+        instruction.name: kind
+        for computation in schedule.computations.values()
+        for instruction in computation.values()
+        if (kind := schedule.kind(instruction)) is not None
+    }
+    return text.split(maxsplit=2)[1].rstrip(","), kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +121,7 @@ class _Work:
     matmul_flops: int = 0
     attention_flops: int = 0
     other_bytes: int = 0
+    optimizer_bytes: int = 0
 
     def __add__(self, other: "_Work") -> "_Work":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -193,36 +222,63 @@ class _Schedule:
         costs = (self._cost(computation, i) for i in self.computations[computation].values())
         return sum(costs, start=_Work())
 
-    def _cost(self, computation: str, instruction: _Instruction) -> _Work:
+    def kind(self, instruction: _Instruction) -> Kind | None:
+        """What an instruction is; None if it does nothing itself."""
         opcode = instruction.opcode
+        if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+            return "communication"
         # What an asynchronous instruction does is counted where it starts.
-        if (
-            opcode in FREE
-            or opcode.endswith("-done")
-            or opcode.removesuffix("-start") in COLLECTIVES
-        ):
-            return _Work()
-        if opcode == "while":
+        if opcode in FREE | CONTROL or opcode.endswith("-done"):
+            return None
+        parts = list(self._parts(instruction))
+        if products := [part for part in parts if _is_product(part)]:
+            attends = all(_is_under(attention.SCOPE, part) for part in products)
+            return "attention" if attends else "matmul"
+        # JAX's call of cuDNN need not carry the scope.
+        if "__cudnn$fmha" in instruction.line:
+            return "attention"
+        if any(_is_under(attention.SCOPE, part) for part in parts):
+            return "attention"
+        if any(_is_under(OPTIMIZER_SCOPE, part) for part in parts):
+            return "optimizer"
+        return "memory"
+
+    def _parts(self, instruction: _Instruction) -> Iterator[_Instruction]:
+        """An instruction, or what is inside a fusion."""
+        fused = _fused(instruction)
+        if fused is None:
+            yield instruction
+            return
+        for other in self.computations[fused].values():
+            yield from self._parts(other)
+
+    def _cost(self, computation: str, instruction: _Instruction) -> _Work:
+        if instruction.opcode == "while":
             body, trips = _loop(instruction)
             return self.work(body) * trips
-        for kernel, products in KERNEL_PRODUCTS.items():
-            if opcode == "custom-call" and re.search(rf'op_name="[^"]*{kernel}', instruction.line):
-                # The queries are the largest of its arrays, with heads on axis 2.
-                shapes = [shape for _, shape in _arrays(instruction.line) if len(shape) == 4]
-                B, T, N, H = max(shapes, key=math.prod)
-                return _Work(attention_flops=products * B * N * T * T * H)
-        if "flash_delta" in (instruction.attribute(r'op_name="([^"]*)"') or ""):
-            return _Work()  # a part of attention's backward pass
-        if flops := self._matmul_flops(computation, instruction):
-            return _Work(matmul_flops=flops)
-        return _Work(other_bytes=self._traffic(computation, instruction))
+        if instruction.opcode == "call":  # of what the driver is given as one graph
+            called = instruction.attribute(r"to_apply=%?([\w.-]+)")
+            assert called is not None
+            return self.work(called)
+        match self.kind(instruction):
+            case "matmul":
+                return _Work(matmul_flops=self._matmul_flops(computation, instruction))
+            case "attention":
+                flops = _kernel_flops(instruction) or self._matmul_flops(computation, instruction)
+                return _Work(attention_flops=flops)
+            case "memory":
+                return _Work(other_bytes=self._traffic(computation, instruction))
+            case "optimizer":
+                traffic = self._traffic(computation, instruction)
+                return _Work(other_bytes=traffic, optimizer_bytes=traffic)
+        return _Work()
 
     def _matmul_flops(self, computation: str, instruction: _Instruction) -> int:
         """Of a matrix product, or of those inside a fusion."""
         if fused := _fused(instruction):
             inside = self.computations[fused].values()
             return sum(self._matmul_flops(fused, other) for other in inside)
-        if instruction.opcode != "dot" and "__cublas" not in instruction.line:
+        if not _is_product(instruction):
             return 0
         dims = instruction.attribute(r'lhs_contracting_dim(?:ension)?s"?[=:][{\["]*([\d,"]*)')
         left = self.computations[computation][instruction.operands[0]].arrays[0][1]
@@ -245,6 +301,27 @@ class _Schedule:
         if instruction.opcode == "dynamic-update-slice":
             return 2 * around[instruction.operands[1]].bytes
         return instruction.bytes + sum(around[name].bytes for name in instruction.operands)
+
+
+def _is_product(instruction: _Instruction) -> bool:
+    return instruction.opcode == "dot" or "__cublas" in instruction.line
+
+
+def _is_under(scope: str, instruction: _Instruction) -> bool:
+    """Whether a `jax.named_scope` holds the instruction, or what it is a derivative of."""
+    name = instruction.attribute(r'op_name="([^"]*)"') or ""
+    return re.search(rf"[/(]{scope}[/)]", name) is not None
+
+
+def _kernel_flops(instruction: _Instruction) -> int:
+    """Of one of our attention kernels; 0 for all else."""
+    for kernel, products in KERNEL_PRODUCTS.items():
+        if instruction.opcode == "custom-call" and _is_under(kernel, instruction):
+            # The queries are the largest of its arrays, with heads on axis 2.
+            shapes = [shape for _, shape in _arrays(instruction.line) if len(shape) == 4]
+            B, T, N, H = max(shapes, key=math.prod)
+            return products * B * N * T * T * H
+    return 0
 
 
 def _fused(instruction: _Instruction) -> str | None:

@@ -66,6 +66,8 @@ class Work:
     attention_flops: float
     other_bytes: float
     """Memory traffic that is neither a matrix product's nor attention's."""
+    optimizer_bytes: float
+    """Of this, the optimizer's."""
 
 
 def kept_by_elementwise(model: LlamaConfig) -> int:
@@ -91,10 +93,12 @@ def work_by_formula(config: Config, devices: int, fsdp: int) -> Work:
     twice = execution.recompute == "layers"
     traffic = TRAFFIC_OF_KEPT_BYTE[execution.unroll_layers] * kept_by_elementwise(model)
     traffic *= model.layers
+    optimizer_bytes = OPTIMIZER_TRAFFIC * model.parameters() / fsdp
     return Work(
         matmul_flops=tokens * (6 * (in_layers + head) + (2 * again if twice else 0)),
         attention_flops=tokens * attention_flops(config),
-        other_bytes=tokens * traffic + OPTIMIZER_TRAFFIC * model.parameters() / fsdp,
+        other_bytes=tokens * traffic + optimizer_bytes,
+        optimizer_bytes=optimizer_bytes,
     )
 
 
@@ -108,10 +112,20 @@ def attention_flops(config: Config) -> int:
     return pairs * (9 if config.execution.recompute == "layers" else 7)
 
 
-def work_of_program(program: Program, config: Config, devices: int) -> Work:
-    """The work of a step as it was compiled; attention in the count of `attention_flops`."""
-    tokens = config.batch_rows * config.model.context / devices
-    return Work(program.matmul_flops, tokens * attention_flops(config), program.other_bytes)
+def work_of_program(program: Program, config: Config, tokens: float) -> Work:
+    """The work of a step as it was compiled; attention in the count of `attention_flops`.
+
+    Args:
+      program: the step.
+      config: the run.
+      tokens: that a device reads in the step.
+    """
+    return Work(
+        matmul_flops=program.matmul_flops,
+        attention_flops=tokens * attention_flops(config),
+        other_bytes=program.other_bytes,
+        optimizer_bytes=program.optimizer_bytes,
+    )
 
 
 def chip_of(target: Target) -> str:
@@ -119,14 +133,21 @@ def chip_of(target: Target) -> str:
     return next(chip for name, chip in CHIPS.items() if name in target.device_kind)
 
 
+def seconds_by_kind(work: Work, target: Target) -> dict[str, float]:
+    """The least time a device needs for each `Kind` of its work, but for communication."""
+    speeds = SPEEDS[chip_of(target)]
+    bandwidth = BANDWIDTH_SHARE * target.bandwidth
+    return {
+        "matmul": work.matmul_flops / speeds.matmul,
+        "attention": work.attention_flops / speeds.attention,
+        "memory": (work.other_bytes - work.optimizer_bytes) / bandwidth,
+        "optimizer": work.optimizer_bytes / bandwidth,
+    }
+
+
 def seconds(work: Work, target: Target) -> float:
     """The least time a device needs for its work, one kind after the other."""
-    speeds = SPEEDS[chip_of(target)]
-    return (
-        work.matmul_flops / speeds.matmul
-        + work.attention_flops / speeds.attention
-        + work.other_bytes / (BANDWIDTH_SHARE * target.bandwidth)
-    )
+    return sum(seconds_by_kind(work, target).values())
 
 
 def shortfall(target: Target) -> float:

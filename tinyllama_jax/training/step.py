@@ -16,6 +16,7 @@ from tinyllama_jax.runtime.compiler import compiler_options
 from tinyllama_jax.runtime.mesh import auto_dtype, batch_sharding, shardings
 from tinyllama_jax.training.gradients import make_gradients
 from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
+from tinyllama_jax.training.program import OPTIMIZER_SCOPE
 
 State = dict[str, Any]
 """`weights` and `optimizer` (fp32), and three counters: `step`, `skipped` (steps whose loss or
@@ -99,13 +100,16 @@ def make_step(
 
     def step(state: State, tokens_ABS, weights_ABT):
         loss, grads = gradients(state["weights"], tokens_ABS, weights_ABT)
-        grad_norm = optax.tree.norm(grads)
-        updates, new_optimizer = optimizer.update(grads, state["optimizer"], state["weights"])
-        new_weights = optax.apply_updates(state["weights"], updates)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            grad_norm = optax.tree.norm(grads)
+            updates, new_optimizer = optimizer.update(grads, state["optimizer"], state["weights"])
+            new_weights = optax.apply_updates(state["weights"], updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        old, new = (state["weights"], state["optimizer"]), (new_weights, new_optimizer)
-        kept_weights, kept_optimizer = jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            old, new = (state["weights"], state["optimizer"]), (new_weights, new_optimizer)
+            kept_weights, kept_optimizer = jax.tree.map(
+                lambda a, b: jnp.where(finite, b, a), old, new
+            )
         skipped = state["skipped"] + ~finite
         new_state = {
             "weights": kept_weights,
