@@ -26,6 +26,8 @@ class TrainOptions:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch()
+    profile: str | None = None
+    """START:STOP, steps to trace, as in 10:20: where their time goes is left in RUN/profile/."""
 
 
 def train(argv: Sequence[str], devices: int | None = None) -> int:
@@ -48,7 +50,7 @@ def train(argv: Sequence[str], devices: int | None = None) -> int:
         mesh = make_mesh(options.launch.data_axis)
         _say_if_gpu_idle()
         try:
-            return DONE if run(options.config, mesh) else SAVED_AFTER_SIGNAL
+            return DONE if run(options.config, mesh, options.profile) else SAVED_AFTER_SIGNAL
         except Diverged as error:
             print(f"tinyllama: {error}", file=sys.stderr)
             return CHECK_FAILED

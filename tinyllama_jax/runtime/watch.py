@@ -36,6 +36,7 @@ PATIENCE = {
     "validation": 6 * 3600,  # of all held-out rows at the end
     "evaluation": 6 * 3600,  # the slowest task asks 200,000 times
     "sample": 1200,
+    "profile": 3600,  # process 0 reads what it traced
     "end": 6 * 3600,  # simple models are counted on the held-out rows
 }
 STANDSTILL = 3600  # seconds, at least, where nobody is ahead: then all are equally slow

@@ -36,7 +36,8 @@ from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
 from tinyllama_jax.runtime.watch import watched
-from tinyllama_jax.training import warm_start
+from tinyllama_jax.training import trace, warm_start
+from tinyllama_jax.training.breakdown_table import render
 from tinyllama_jax.training.flops import mfu
 from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
 from tinyllama_jax.training.step import (
@@ -58,13 +59,14 @@ class Diverged(Exception):
     """Loss or gradient was not finite several steps in a row."""
 
 
-def run(config: Config, mesh: Mesh | None = None) -> bool:
+def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) -> bool:
     """Trains, or goes on with the run that `config.run_folder` holds.
 
     Args:
       config: the run.
       mesh: devices with axes `data` and `fsdp`; all devices on `fsdp` by default. Where they are of
         several processes, each of these calls this function.
+      profile: START:STOP, steps to trace into RUN/profile/; no part of what the run is.
 
     Returns:
       Whether the run is complete; False after SIGINT or SIGTERM, with a checkpoint saved.
@@ -75,9 +77,11 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
     """
     mesh = make_mesh() if mesh is None else mesh
     with processes.together():
+        traced = trace.parse_steps(profile, config)
         tokenizer, names, order, train_rows, held_out_rows, fingerprint = _check(config, mesh)
         score_tasks = _tasks(config, mesh, tokenizer)
     facts = {"config": to_json(config), "data": fingerprint, "version": processes.software()}
+    facts["profile"] = {"steps": profile}
     processes.check_alike(facts)
     source = warm_start.find_source(config)
     folder = Path(config.run_folder)
@@ -101,6 +105,8 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             return True
         if processes.is_first():
             _describe_run(folder, config, mesh, origin)
+        profiler = trace.Profiler(traced, first_step, folder, config, mesh, terminal.say)
+        stack.callback(profiler.close)
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config, mesh)
@@ -165,18 +171,23 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
         for step in range(first_step + 1, config.steps + 1):
             if step > first_step + 1:  # the first step is a part of the start
                 watch.at("data", step)
+            profiler.before(step, state)
             tokens_ABS = next(rows)
             if step > first_step + 1:
                 watch.at("compile" if step - 1 in new_sizes else "step", step)
-            state, step_metrics = train_step(
-                state,
-                put_batch(tokens_ABS, mesh, rows_axis=1),
-                put_batch(loss_weights(tokens_ABS, config.data.first_tokens), mesh, rows_axis=1),
-            )
+            weights_ABT = loss_weights(tokens_ABS, config.data.first_tokens)
+            batch = [put_batch(x, mesh, rows_axis=1) for x in (tokens_ABS, weights_ABT)]
+            state, step_metrics = train_step(state, *batch)
             # Metrics are read one step late, while the devices work on this one.
             if pending is not None:
                 report(*pending)
             pending = (step, step_metrics | {"stop": stop.vote()})
+
+            if step == profiler.last_step:
+                watch.at("profile", step)
+                with clock.paused():
+                    if found := profiler.end(train_step, state, batch):
+                        terminal.console.print(render(found))
 
             last = step == config.steps
             saves = last or step % config.checkpoint.every == 0
@@ -186,7 +197,7 @@ def run(config: Config, mesh: Mesh | None = None) -> bool:
             if saves or validates or assesses or samples or stop.signal:
                 report(*pending)
                 pending = None
-                with clock.paused():
+                with clock.paused(), profiler.paused():
                     if saves or stop.signal:
                         save(step)
                     if validates and not stop.signal:
