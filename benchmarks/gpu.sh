@@ -11,8 +11,6 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda
-# Ours compiles again each time it comes; the peer's kernels are found in its own cache.
-export TORCHINDUCTOR_CACHE_DIR=$logs/inductor
 
 if compgen -G '.wheels/*.whl' >/dev/null; then
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --find-links .wheels \

@@ -8,8 +8,9 @@ Shapes: B rows, T tokens, D width, N query and K kv heads, H head width, F SwiGL
 """
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,8 @@ class Trainer:
       config: the model.
       device: `cuda` or `cpu`.
       precision: dtype of matrix products, `bfloat16` or `float32`.
-      optimizer: AdamW's settings, at the constant rate `peak_lr`.
+      optimizer: AdamW's settings; the rate rises from 0 and falls by a cosine.
+      steps: at the end of which the rate is `end_lr`.
       attention: a row of `BACKENDS`; on a CPU PyTorch has one of its own.
       whose: `ours`, the modules above, or `transformers`.
       compiled: by torch.compile, or eager.
@@ -180,6 +182,7 @@ class Trainer:
         device: str,
         precision: str,
         optimizer: OptimizerConfig,
+        steps: int,
         attention: str = "auto",
         whose: str = "ours",
         compiled: bool = True,
@@ -187,7 +190,8 @@ class Trainer:
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.device, self.dtype = device, getattr(torch, precision)
-        self.clip_norm, self.backends = optimizer.clip_norm, BACKENDS[attention]
+        self.config, self.steps, self.steps_made = optimizer, steps, 0
+        self.backends = BACKENDS[attention]
         if whose == "transformers":
             self.model = transformers_model(config, attn_implementation="sdpa", use_cache=False)
             self.head = self.model.lm_head
@@ -230,10 +234,21 @@ class Trainer:
                 loss = losses / targets
             loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        clip_norm = self.config.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps_made += 1
         return total, norm
+
+    def _rate(self) -> float:
+        peak, end, warmup = self.config.peak_lr, self.config.end_lr, self.config.warmup_steps
+        if self.steps_made < warmup:
+            return peak * self.steps_made / warmup
+        done = min((self.steps_made - warmup) / (self.steps - warmup), 1.0)
+        return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -243,9 +258,9 @@ class Trainer:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 
-def timed_steps(trainer: Trainer, batches, warmup: int) -> dict:
-    """Losses of all steps, seconds of each after the first `warmup`, and of the first."""
-    start, seconds, losses = time.perf_counter(), [], []
+def timed_steps(trainer: Trainer, batches: Iterable, begun: float) -> dict:
+    """Seconds and losses of all steps, and when the first was over, `begun` by time.time()."""
+    seconds, losses, first = [], [], 0.0
     for tokens_ABS in batches:
         tokens_ABS = torch.as_tensor(tokens_ABS, dtype=torch.int64, device=trainer.device)
         trainer.wait()
@@ -254,10 +269,9 @@ def timed_steps(trainer: Trainer, batches, warmup: int) -> dict:
         trainer.wait()
         seconds.append(time.perf_counter() - before)
         losses.append(float(loss))
-        if len(seconds) == 1:
-            first = time.perf_counter() - start
+        first = first or time.time() - begun
     return {
-        "seconds": seconds[warmup:],
+        "seconds": seconds,
         "losses": losses,
         "first_step_seconds": first,
         "peak_bytes": trainer.peak_bytes(),

@@ -11,57 +11,26 @@ the time does not suffice for are named. One table comes last, and lies in resul
 
 import dataclasses
 import datetime
-import importlib.metadata
-import json
-import os
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyllama_jax.config import (
-    DEMO,
-    TINYLLAMA_1B,
-    TINYLLAMA_120M,
-    Config,
-    DataConfig,
-    ExecutionConfig,
-    LlamaConfig,
-    OptimizerConfig,
-    UserError,
-    make_folder,
-    require,
-    write_aside,
-)
+import running
+from running import MODELS
+from tinyllama_jax.config import LlamaConfig, OptimizerConfig, require
 from tinyllama_jax.training.flops import flops_per_token, mfu
 
-REPOSITORY = Path(__file__).parents[1]
-TINY = LlamaConfig(
-    vocab_size=512,
-    layers=2,
-    width=64,
-    query_heads=4,
-    kv_heads=2,
-    head_width=16,
-    swiglu_width=96,
-    context=64,
-)
-# Name -> (model, rows of a step): 131,072 tokens and more, but for those that a CPU trains.
-MODELS = {
-    "1b": (TINYLLAMA_1B, 64),
-    "120m": (TINYLLAMA_120M, 64),
-    "demo": (DEMO, 8),
-    "tiny": (TINY, 8),
-}
-PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "torch", "triton", "transformers")
+# Rows of a step: 131,072 tokens and more, but for those that a CPU trains.
+ROWS = {"1b": 64, "120m": 64, "demo": 8, "tiny": 8}
 WARMUP = 3
 OPTIMIZER = OptimizerConfig(peak_lr=4e-4, end_lr=4e-4, warmup_steps=0)
+SCHEDULED = 10_000  # steps of a schedule that is constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,63 +109,19 @@ def token_batches(spec: dict[str, Any]):
 
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains as `tinyllama train` does, on one device."""
-    start = time.perf_counter()
-    import jax
+    import ours
+    from tinyllama_jax.training.breakdown import roofline_by_kind
 
-    from tinyllama_jax.data.boundaries import loss_weights
-    from tinyllama_jax.runtime.mesh import make_mesh, put_batch
-    from tinyllama_jax.runtime.targets import CARDS
-    from tinyllama_jax.training import roofline
-    from tinyllama_jax.training.program import read_program
-    from tinyllama_jax.training.step import init_state, make_step
-
-    config = Config(
-        run_folder="",
-        model=LlamaConfig(**spec["model"]),
-        data=DataConfig(),
-        steps=10_000,
-        batch_rows=spec["rows"],
-        micro_batches=spec["rows"] // spec["micro_rows"],
-        compute_dtype=spec["precision"],
-        optimizer=OPTIMIZER,
-        execution=ExecutionConfig(**spec["options"]),
-    )
-    mesh, seconds, losses = make_mesh(devices=jax.devices()[:1]), [], []
-    device, program, compile_seconds = jax.devices()[0], None, 0.0
-    with jax.set_mesh(mesh):
-        state, step = init_state(config, mesh), make_step(config, mesh)
-        for tokens in token_batches(spec):
-            batch = put_batch(tokens, mesh, 1), put_batch(loss_weights(tokens), mesh, 1)
-            jax.block_until_ready((state, batch))
-            if program is None:
-                before = time.perf_counter()
-                program = step.lower(state, *batch).compile()
-                compile_seconds = time.perf_counter() - before
-            before = time.perf_counter()
-            state, metrics = program(state, *batch)
-            losses.append(float(jax.block_until_ready((state, metrics))[1]["train/loss"]))
-            seconds.append(time.perf_counter() - before)
-            if len(seconds) == 1:
-                first = time.perf_counter() - start
-    stats = device.memory_stats() or {}
-    found = {
-        "seconds": seconds[WARMUP:],
-        "losses": losses,
-        "first_step_seconds": first,
-        "compile_seconds": compile_seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-    }
-    target = next((card for card in CARDS.values() if card.device_kind == device.device_kind), None)
-    if target and program:
-        tokens_of_step = spec["rows"] * config.model.context
-        work = roofline.work_of_program(read_program(program), config, tokens_of_step)
-        found["predicted_seconds"] = roofline.seconds(work, target)
+    config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
+    found, _, program = ours.train(config, token_batches(spec), spec["begun"])
+    found["seconds"] = found["seconds"][WARMUP:]
+    tokens = spec["rows"] * config.model.context
+    if least := roofline_by_kind(program, config, tokens, running.device_kind()):
+        found["predicted_seconds"] = sum(least.values())
     return found
 
 
 def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
-    start = time.perf_counter()
     import torch
 
     from torch_peer import Trainer, timed_steps
@@ -208,54 +133,41 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
         precision=spec["precision"],
         whose="transformers" if spec["whose"].endswith("transformers") else "ours",
         optimizer=OPTIMIZER,
+        steps=SCHEDULED,
         **spec["options"],
     )
-    begun = time.perf_counter() - start
-    found = timed_steps(trainer, token_batches(spec), WARMUP)
-    found["first_step_seconds"] += begun
+    found = timed_steps(trainer, token_batches(spec), spec["begun"])
+    found["seconds"] = found["seconds"][WARMUP:]
     return found
 
 
-def in_own_process(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What the system found, or `failure`: one line."""
-    command = [sys.executable, __file__, "--worker", json.dumps(spec)]
-    # JAX would take most of the memory at once, and say nothing of how much it needs.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    try:
-        shown = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"failure": f"not done within {seconds:.0f} s"}
-    if shown.returncode:
-        lines = [line for line in shown.stderr.splitlines() if line.strip()]
-        return {"failure": (lines or [f"exit code {shown.returncode}"])[-1][:160]}
-    return json.loads(shown.stdout.splitlines()[-1])
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own does."""
+    return run_ours(spec) if spec["whose"] == "tinyllama_jax" else run_torch(spec)
 
 
 def measure(systems: list[System], model: str, options: Options) -> list[dict[str, Any]]:
     """A row for each system, in the order in which they ran."""
-    config, rows = MODELS[model]
+    rows = ROWS[model]
     if not options.quick:
         rows = max(rows, *(system.micro_rows for system in systems))
     started, found = time.monotonic(), []
-    with Console(stderr=True).status("") as status:
+    # Whoever comes again finds what it compiled: only its first start was a cold one.
+    caches = tempfile.TemporaryDirectory(prefix="caches-")
+    with caches as folder, Console(stderr=True).status("") as status:
         for system in systems:
             left = options.seconds - (time.monotonic() - started)
-            spec = dataclasses.asdict(system) | {
-                "model": dataclasses.asdict(config),
-                "rows": rows,
-                "steps": options.steps,
-            }
+            spec = running.spec_of(model, rows, system.precision, options.steps, system.micro_rows)
+            spec |= {"whose": system.whose, "options": system.options}
             row = {"system": system.whose, "name": str(system), "precision": system.precision}
             row |= {"micro_rows": system.micro_rows, "options": system.options}
             status.update(str(system))
             if left < 0:
                 row["failure"] = "no time left"
             else:
-                row |= in_own_process(spec, left + 90)
+                row |= running.in_own_process(__file__, spec, left + 90, running.own_caches(folder))
             if "failure" not in row:
-                complete(row, config, rows)
+                complete(row, MODELS[model], rows)
             found.append(row)
     return found
 
@@ -268,20 +180,11 @@ def complete(row: dict[str, Any], config: LlamaConfig, rows: int) -> None:
     row["tokens_per_s_range"] = [tokens / max(row["seconds"]), tokens / min(row["seconds"])]
     for name, causal in (("mfu_full", False), ("mfu_causal", True)):
         row[name] = mfu(
-            config, row["tokens_per_s"], row.get("device", device_kind()), causal=causal
+            config, row["tokens_per_s"], row.get("device", running.device_kind()), causal=causal
         )
     row["peak_gib"] = row["peak_bytes"] / 2**30 if row.get("peak_bytes") else None
     if "predicted_seconds" in row:
         row["predicted_tokens_per_s"] = tokens / row["predicted_seconds"]
-
-
-def device_kind() -> str:
-    """By name, without starting a framework in this process, which would hold memory."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "cpu"
 
 
 COLUMNS = ("system", "precision", "tokens/s", "of peak, full", "causal", "GiB", "predicted")
@@ -309,8 +212,25 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def show(rows: list[dict[str, Any]], title: str, legend: list[str]) -> None:
+    """The table in 80 columns: systems have numbers in it, and their names below."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("", *COLUMNS[2:]):
+        table.add_column(name.replace(", ", ",\n"), justify="right", no_wrap=True)
+    names = []
+    for number, row in enumerate(rows, start=1):
+        name, precision, *numbers = cells(row)
+        failed = "failure" in row
+        names.append(f"{number}: {name}, {precision}" + (f": {row['failure']}" if failed else ""))
+        table.add_row(str(number), *([] if failed else numbers))
+    console = Console()
+    console.print(table)
+    for line in [*names, "", *legend]:
+        console.print(line, markup=False, highlight=False)
+
+
 def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
-    config, device = MODELS[model][0], device_kind()
+    config, device = MODELS[model], running.device_kind()
     done = [row for row in rows if "failure" not in row]
     formula = [f"{flops_per_token(config, causal=causal) / 1e9:.4g}" for causal in (False, True)]
     legend = [
@@ -320,68 +240,35 @@ def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
         f"Of peak: {formula[0]} GFLOP a token with full attention (6 N' + 12 L N H T), "
         f"{formula[1]} causally (6 N' + 6 L N H T), over the data sheet's bf16 peak.",
         "Predicted: the roofline of the compiled program (training/roofline.py).",
-        "First step: from the start of the process.",
+        "First step: from the start of the process; a system that ran before finds its programs "
+        "compiled, but for ours on a CPU.",
     ]
     ours = [r["tokens_per_s"] for r in done if r["system"] == "tinyllama_jax"]
     peers = [r["tokens_per_s"] for r in done if r["system"] != "tinyllama_jax"]
     if ours and peers:
         legend.append(f"The fastest of ours over the fastest peer: {max(ours) / max(peers):.2f}.")
     if options.quick:
-        legend.append("Quick: these numbers say NOTHING about any device.")
-    date = datetime.date.today().isoformat()
-    title = f"The training step on {device}, {date}"
-    table = Table(*COLUMNS, title=title, caption="\n".join(legend), caption_justify="left")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console().print(table)
+        legend.append(running.QUICK)
+    title = f"The training step on {device}, {datetime.date.today().isoformat()}"
+    show(rows, title, legend)
 
     out = options.out
     if out is None and not options.quick:
-        name = f"{date}-training-{model}-{device.replace(' ', '-')}"
-        out = REPOSITORY / "benchmarks" / "results" / name
-    if out is None:
-        return
-    git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    facts = {"device": device, "versions": versions(), "commit": commit, "steps": rows}
-    make_folder(out.parent)
-    write_aside(out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    lines = [f"# {title}", "", *legend, f"Commit {commit}, {known}.", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        found = cells(row)
-        lines.append(f"| {' | '.join(found + [''] * (len(COLUMNS) - len(found)))} |")
-    write_aside(out.with_suffix(".md"), "\n".join(lines) + "\n")
+        out = running.results_path(f"training-{model}", device)
+    if out is not None:
+        table = [list(COLUMNS), *map(cells, rows)]
+        running.write_results(out, device, title, legend, table, {"steps": rows})
 
 
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def main(options: Options) -> None:
-    on_gpu = device_kind() != "cpu"
+def main(options: Options) -> int:
+    on_gpu = running.device_kind() != "cpu"
     model = "tiny" if options.quick else options.model or ("1b" if on_gpu else "demo")
     require(model in MODELS, f"--model is {model!r}: {', '.join(MODELS)} are there.")
-    rows = 4 if options.quick else options.micro_rows if on_gpu else MODELS[model][1]
+    rows = 4 if options.quick else options.micro_rows if on_gpu else ROWS[model]
     systems = gpu_systems(rows) if on_gpu else cpu_systems(rows)
     report(measure(systems, model, options), model, options)
+    return 0
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        spec = json.loads(sys.argv[2])
-        run = run_ours if spec["whose"] == "tinyllama_jax" else run_torch
-        print(json.dumps(run(spec)))
-        sys.exit()
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except UserError as error:
-        print(f"benchmarks/training.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    running.command(Options, __doc__, main, run)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -163,22 +164,40 @@ def test_candidates_hold_what_the_table_has(tuning):
                 assert not [t for t in found if t.rows == t.columns == 128 and t.warps == 4]
 
 
+def ours_of(scripts, model, rows: int, **options):
+    """A `running.Spec` of ours in fp32, in micro-batches of four rows."""
+    spec = scripts("running").spec_of("tiny", rows, "float32", 2, micro_rows=4)
+    spec |= {"whose": "tinyllama_jax", "options": options, "begun": time.time()}
+    return spec | {"model": dataclasses.asdict(model)}
+
+
 def test_a_training_step_is_timed_and_reported(scripts, tmp_path, capsys):
-    training = scripts("training")
+    training, tiny = scripts("training"), scripts("running").TINY
     options = training.Options(steps=2, quick=True, out=tmp_path / "found")
     system = training.System("tinyllama_jax", "float32", 4, {"recompute": "elementwise"})
     row = {"system": system.whose, "name": str(system), "precision": system.precision}
-    spec = dataclasses.asdict(system) | {"rows": 8, "steps": 2}
-    row |= training.run_ours(spec | {"model": dataclasses.asdict(training.TINY)})
+    row |= training.run(ours_of(scripts, tiny, 8, **system.options))
     assert len(row["seconds"]) == 2 and len(row["losses"]) == 2 + training.WARMUP
     assert abs(row["losses"][0] - 6.24) < 0.3  # ln 512
-    training.complete(row, training.TINY, 8)
+    assert row["first_step_seconds"] > row["compile_seconds"] > 0
+    training.complete(row, tiny, 8)
     failed = {"system": "torch", "name": "torch", "precision": "float32", "failure": "no torch"}
     training.report([row, failed], "tiny", options)
-    assert "NOTHING about any device" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["steps"][0]["tokens_per_s"] == 8 * 64 / (sum(row["seconds"]) / 2)
     assert "| torch | float32 | no torch |" in (tmp_path / "found.md").read_text()
+
+    # A GPU's numbers and options are longer; nothing of them is cut in 80 columns.
+    row |= {"name": str(training.gpu_systems(16)[0]), "first_step_seconds": 81.4}
+    row |= {"tokens_per_s": 123_456, "tokens_per_s_range": [119_999, 124_001]}
+    row |= {"mfu_full": 0.581, "mfu_causal": 0.539, "peak_gib": 46.51}
+    row |= {"predicted_tokens_per_s": 131_072}
+    training.report([row, failed], "1b", options)
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 80 and shown.count(scripts("running").QUICK) == 2
+    numbers = ["1", "123,456", "(119,999-124,001)", "58.1%", "53.9%", "46.5", "131,072", "81", "s"]
+    assert numbers in [line.split() for line in shown]
+    assert "2: torch, float32: no torch" in shown
 
 
 @pytest.mark.torch
@@ -186,11 +205,15 @@ def test_the_torch_peer_is_the_same_model_and_update(scripts):
     import torch
 
     training, peer = scripts("training"), scripts("torch_peer")
-    model = dataclasses.replace(training.TINY, rope_base=3e3, norm_eps=1e-3)
-    spec = {"model": dataclasses.asdict(model), "precision": "float32", "options": {}}
-    spec |= {"rows": 8, "micro_rows": 4, "steps": 2}
+    model = dataclasses.replace(scripts("running").TINY, rope_base=3e3, norm_eps=1e-3)
+    spec = ours_of(scripts, model, 8)
     trainer = peer.Trainer(
-        model, device="cpu", precision="float32", optimizer=training.OPTIMIZER, compiled=False
+        model,
+        device="cpu",
+        precision="float32",
+        optimizer=training.OPTIMIZER,
+        steps=training.SCHEDULED,
+        compiled=False,
     )
     weights = init_weights(model, jax.random.key(0))
     flat = traverse_util.flatten_dict(weights, sep=".")
@@ -199,7 +222,7 @@ def test_the_torch_peer_is_the_same_model_and_update(scripts):
         for name, row in huggingface.tensors(model).items()
     }
     peer.load_hf_tensors(trainer.model, tensors)
-    theirs = peer.timed_steps(trainer, training.token_batches(spec), warmup=1)
+    theirs = peer.timed_steps(trainer, training.token_batches(spec), spec["begun"])
     ours = training.run_ours(spec)  # begins with the same weights, those of seed 0
     np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=2e-5)
     assert ours["losses"][-1] != pytest.approx(ours["losses"][0], rel=1e-3), "it moves"

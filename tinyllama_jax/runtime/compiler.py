@@ -1,6 +1,9 @@
-"""What the compiler is told about a step on GPUs."""
+"""What the compiler is told about a step on GPUs, and where its programs are kept."""
 
+import contextlib
 import functools
+import os
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -40,3 +43,26 @@ def is_known(name: str, value: bool | int | str, mesh: Mesh) -> bool:
             raise
         return False
     return True
+
+
+def keep_programs(mesh: Mesh) -> None:
+    """What is compiled from here on, later processes find again: on GPUs, and in one process.
+
+    A program is kept with the kernels that were the fastest when they were measured for it. Without
+    that the next process measures again, may choose others, and its losses differ in the last bits.
+    The folder is the one that JAX_COMPILATION_CACHE_DIR names, which JAX reads by itself, or
+    `tinyllama-jax` among the user's caches (XDG_CACHE_HOME, else ~/.cache). It may be removed at
+    any time.
+    """
+    # A CPU's programs fail on a CPU that lacks an instruction. Of several processes JAX lets the
+    # first alone write: where they see no folder in common, it would find a program that the others
+    # have to compile, and XLA has them wait for kernels that it measures.
+    alone, named = jax.process_count() == 1, "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if mesh.devices.flat[0].platform == "cpu" or not alone or named:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama-jax"
+    with contextlib.suppress(OSError):  # where there is no place for it, all is compiled each time
+        # Programs are run as they lie there, so nobody else may write them.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

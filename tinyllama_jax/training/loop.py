@@ -34,6 +34,7 @@ from tinyllama_jax.inference.scores import TaskScores
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
+from tinyllama_jax.runtime.compiler import keep_programs
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
 from tinyllama_jax.runtime.watch import watched
 from tinyllama_jax.training import trace, warm_start
@@ -76,6 +77,7 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
       Diverged: too many steps in a row were not finite; the last checkpoint is kept.
     """
     mesh = make_mesh() if mesh is None else mesh
+    keep_programs(mesh)
     with processes.together():
         traced = trace.parse_steps(profile, config)
         tokenizer, names, order, train_rows, held_out_rows, fingerprint = _check(config, mesh)
