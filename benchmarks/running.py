@@ -89,7 +89,10 @@ def in_own_process(
 
 def own_caches(folder: str) -> dict[str, str | None]:
     """An environment in which programs are kept for those alone who share the folder."""
-    torch = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+    torch = {
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+    }
     return {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": None} | torch
 
 

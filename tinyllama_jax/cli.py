@@ -65,13 +65,10 @@ def _config_first(verb: str, argv: Sequence[str]) -> Config | None:
     """The config that the first argument names; None where help was asked for, and given."""
     usage = f"tinyllama {verb} CONFIG[:VARIANT] [--option value ...]"
     if argv and argv[0] in ("-h", "--help"):
-        print(
-            f"{usage}\n\nconfigs/ holds the configs; `tinyllama {verb} CONFIG --help` the options."
-        )
+        print(f"{usage}\n\nCONFIGs are in configs/; `tinyllama {verb} CONFIG --help` tells more.")
         return None
-    require(
-        bool(argv) and not argv[0].startswith("-"), f"Name a config of configs/ first: {usage}."
-    )
+    named = bool(argv) and not argv[0].startswith("-")
+    require(named, f"Name a config of configs/ first: {usage}.")
     return load_config(argv[0])
 
 

@@ -316,7 +316,8 @@ class Checkpoints:
                 store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
                 spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
                 array = tensorstore.open(spec, open=True, read=True).result()
-                if index is ... or array.chunk_layout.read_chunk.shape[0] == 1:
+                chunk = array.chunk_layout.read_chunk.shape
+                if index is ... or (chunk and chunk[0] == 1):
                     return array[index].read().result()
                 if path not in held:
                     held[path] = array.read().result()
