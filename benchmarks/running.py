@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from tinyllama_jax.config import (
     DEMO,
@@ -50,7 +53,9 @@ Spec = dict[str, Any]
 time.time() at which it was started."""
 
 
-def spec_of(model: str, rows: int, precision: str, steps: int, micro_rows: int | None = None):
+def spec_of(
+    model: str, rows: int, precision: str, steps: int, micro_rows: int | None = None
+) -> Spec:
     """What all systems of a benchmark are told alike."""
     return {
         "model": dataclasses.asdict(MODELS[model]),
@@ -120,6 +125,20 @@ def results_path(name: str, device: str) -> Path:
     """benchmarks/results/DATE-NAME-DEVICE, without suffix."""
     date = datetime.date.today().isoformat()
     return REPOSITORY / "benchmarks" / "results" / f"{date}-{name}-{device.replace(' ', '-')}"
+
+
+def show(title: str, table: list[list[str]], lines: list[str]) -> None:
+    """Prints the table, headings first, and lines below it; headings break after a comma."""
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    head, *rows = table
+    for name in head:
+        shown.add_column(name.replace(", ", ",\n"), justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
 
 
 def write_results(

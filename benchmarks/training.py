@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import running
 from running import MODELS
@@ -116,8 +114,9 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     found, _, program = ours.train(config, token_batches(spec), spec["begun"])
     found["seconds"] = found["seconds"][WARMUP:]
     tokens = spec["rows"] * config.model.context
-    if least := roofline_by_kind(program, config, tokens, running.device_kind()):
-        found["predicted_seconds"] = sum(least.values())
+    if spec["predict"]:
+        least = roofline_by_kind(program, config, tokens, running.device_kind())
+        found["predicted_seconds"] = sum(least.values()) or None
     return found
 
 
@@ -151,7 +150,7 @@ def measure(systems: list[System], model: str, options: Options) -> list[dict[st
     rows = ROWS[model]
     if not options.quick:
         rows = max(rows, *(system.micro_rows for system in systems))
-    started, found = time.monotonic(), []
+    started, found, predicted = time.monotonic(), [], {}
     # Whoever comes again finds what it compiled: only its first start was a cold one.
     caches = tempfile.TemporaryDirectory(prefix="caches-")
     with caches as folder, Console(stderr=True).status("") as status:
@@ -159,6 +158,7 @@ def measure(systems: list[System], model: str, options: Options) -> list[dict[st
             left = options.seconds - (time.monotonic() - started)
             spec = running.spec_of(model, rows, system.precision, options.steps, system.micro_rows)
             spec |= {"whose": system.whose, "options": system.options}
+            spec["predict"] = str(system) not in predicted
             row = {"system": system.whose, "name": str(system), "precision": system.precision}
             row |= {"micro_rows": system.micro_rows, "options": system.options}
             status.update(str(system))
@@ -167,6 +167,9 @@ def measure(systems: list[System], model: str, options: Options) -> list[dict[st
             else:
                 row |= running.in_own_process(__file__, spec, left + 90, running.own_caches(folder))
             if "failure" not in row:
+                # Read off the program that was compiled: one from a cache need not tell its memory.
+                row.setdefault("predicted_seconds", predicted.get(str(system)))
+                predicted[str(system)] = row["predicted_seconds"]
                 complete(row, MODELS[model], rows)
             found.append(row)
     return found
@@ -183,7 +186,7 @@ def complete(row: dict[str, Any], config: LlamaConfig, rows: int) -> None:
             config, row["tokens_per_s"], row.get("device", running.device_kind()), causal=causal
         )
     row["peak_gib"] = row["peak_bytes"] / 2**30 if row.get("peak_bytes") else None
-    if "predicted_seconds" in row:
+    if row.get("predicted_seconds"):
         row["predicted_tokens_per_s"] = tokens / row["predicted_seconds"]
 
 
@@ -214,19 +217,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def show(rows: list[dict[str, Any]], title: str, legend: list[str]) -> None:
     """The table in 80 columns: systems have numbers in it, and their names below."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("", *COLUMNS[2:]):
-        table.add_column(name.replace(", ", ",\n"), justify="right", no_wrap=True)
-    names = []
+    table, names = [["", *COLUMNS[2:]]], []
     for number, row in enumerate(rows, start=1):
         name, precision, *numbers = cells(row)
         failed = "failure" in row
         names.append(f"{number}: {name}, {precision}" + (f": {row['failure']}" if failed else ""))
-        table.add_row(str(number), *([] if failed else numbers))
-    console = Console()
-    console.print(table)
-    for line in [*names, "", *legend]:
-        console.print(line, markup=False, highlight=False)
+        table.append([str(number), *([] if failed else numbers)])
+    running.show(title, table, [*names, "", *legend])
 
 
 def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tinyllama_jax.data.documents import Document
+from tinyllama_jax.data.tokenizer import load_tokenizer
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.model.llama import init_weights
 from tinyllama_jax.model.tiles import TILES, Tile, Tiles, _tiles
@@ -167,7 +170,7 @@ def test_candidates_hold_what_the_table_has(tuning):
 def ours_of(scripts, model, rows: int, **options):
     """A `running.Spec` of ours in fp32, in micro-batches of four rows."""
     spec = scripts("running").spec_of("tiny", rows, "float32", 2, micro_rows=4)
-    spec |= {"whose": "tinyllama_jax", "options": options, "begun": time.time()}
+    spec |= {"whose": "tinyllama_jax", "options": options, "predict": True, "begun": time.time()}
     return spec | {"model": dataclasses.asdict(model)}
 
 
@@ -226,6 +229,98 @@ def test_the_torch_peer_is_the_same_model_and_update(scripts):
     ours = training.run_ours(spec)  # begins with the same weights, those of seed 0
     np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=2e-5)
     assert ours["losses"][-1] != pytest.approx(ours["losses"][0], rel=1e-3), "it moves"
+
+
+def in_this_process(monkeypatch, scripts, run):
+    """Benchmarks that start processes run their work here, and by `run(spec)`."""
+    running = scripts("running")
+
+    def fake(script, spec, seconds, environment=None):
+        return run(spec | {"begun": time.time()})
+
+    monkeypatch.setattr(running, "in_own_process", fake)
+    monkeypatch.setattr(running, "device_kind", lambda: "cpu")
+
+
+@pytest.mark.torch
+def test_it_learns_the_same_unless_it_begins_with_other_weights(
+    scripts, data, tmp_path, monkeypatch, capsys
+):
+    learning = scripts("learning")
+    runs = {}
+
+    def run(spec):
+        key = spec["whose"], spec.get("seed")
+        if key not in runs or spec["whose"] == "files":
+            runs[key] = learning.run(spec)
+        return runs[key]
+
+    in_this_process(monkeypatch, scripts, run)
+    source = Path(data.sources[0].path)
+    options = learning.Options(data=source, steps=20, quick=True, out=tmp_path / "found")
+    assert learning.main(options) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["same"] and len(found["runs"]) == 4
+    for systems, seeds in found["apart_in_halves"]:
+        assert systems < 1e-3 < 1e-2 < seeds
+    losses = found["runs"]["ours, seed 1"]["losses"]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.1
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "found.md").read_text()
+    assert "It learns the same." in table and f"| {losses[-1]:.4f} |" in table
+    assert table.count("\n| ") == 11 and "(found.png)" in table
+
+    # Its second run begins with the weights of the first: no seeds are apart.
+    runs["ours", 1] = runs["ours", 0]
+    assert learning.main(options) == 1
+    assert "DOES NOT LEARN THE SAME" in " ".join(capsys.readouterr().out.split())
+    runs["ours", 1] = {**runs["ours", 1], "losses": [math.nan] * 20}
+    assert learning.main(options) == 1
+
+
+def test_rows_of_the_library_and_batches_of_them(scripts, data, tmp_path, monkeypatch):
+    learning, tiny = scripts("learning"), scripts("running").TINY
+    documents = [Document("a", "the cat sat on the mat\n" * 2000), Document("b", "a dog\n" * 3000)]
+    library = {"prose": {"train": documents[:1]}, "code": {"train": documents[1:]}}
+    monkeypatch.setattr("tinyllama_jax.data.documents.standard_library", lambda: library)
+    config = dataclasses.replace(tiny, vocab_size=280)
+    rows_NS = learning.library_rows(config, tmp_path / "tokenizer.model")
+    assert rows_NS.shape[1] == config.context + 1 and len(rows_NS) % 128 == 0
+    ids = load_tokenizer(tmp_path / "tokenizer.model").encode(documents[0].text)
+    np.testing.assert_array_equal(rows_NS[0], ids[: config.context + 1])
+
+    np.save(tmp_path / "rows.npy", np.arange(30)[:, None] * np.ones(5, np.int32))
+    spec = {"folder": str(tmp_path), "steps": 10, "rows": 6, "micro_rows": 3}
+    found = np.stack(list(learning.batches(spec)))
+    assert found.shape == (10, 2, 3, 5)
+    for epoch in np.split(found[..., 0], 2):
+        assert sorted(epoch.ravel()) == list(range(30))
+    assert (found[:5] != found[5:]).any()
+
+
+def test_a_difference_between_two_runs_is_found(scripts, tmp_path, monkeypatch, capsys):
+    repeat, running = scripts("repeat"), scripts("running")
+    asked = []
+
+    def run(spec):
+        asked.append(spec)
+        return repeat.run(spec)
+
+    in_this_process(monkeypatch, scripts, run)
+    options = repeat.Options(steps=6, rows=2, quick=True, out=tmp_path / "found")
+    assert repeat.main(options) == 0
+    assert [spec["repeatable"] for spec in asked] == [True, False, True, False]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["same_bits"] and "weights.embedding_VD" in found["runs"][0]["bits"]
+
+    model = dataclasses.replace(running.TINY, rope_base=3e3)
+    other = run(asked[0] | {"model": dataclasses.asdict(model)})
+    results = iter([found["runs"][0], other, other, other])
+    in_this_process(monkeypatch, scripts, lambda spec: next(results))
+    assert repeat.main(options) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Runs 1 and 3: THEY DIFFER in the loss from step 1 on and" in shown
+    assert "without what that needs: the same bits" in shown
 
 
 def test_ceilings_are_measured_and_written(scripts, tmp_path, capsys):
