@@ -162,10 +162,10 @@ def command(
     options: type,
     description: str | None,
     main: Callable[[Any], int],
-    worker: Callable[[Spec], Any],
+    worker: Callable[[Spec], Any] | None = None,
 ) -> None:
     """A benchmark's command line: `main` by its options, or `worker` in a process of its own."""
-    if sys.argv[1:2] == ["--worker"]:
+    if worker and sys.argv[1:2] == ["--worker"]:
         print(json.dumps(worker(json.loads(sys.argv[2]))))
         sys.exit()
     try:

@@ -203,6 +203,20 @@ def test_a_training_step_is_timed_and_reported(scripts, tmp_path, capsys):
     assert "2: torch, float32: no torch" in shown
 
 
+def test_a_breakdown_of_the_step_is_measured_and_written(scripts, tmp_path, capsys):
+    breakdown = scripts("breakdown")
+    breakdown.main(breakdown.Options(steps=2, quick=True, out=tmp_path / "found"))
+    assert "matrix products" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    seconds = {row["kind"]: row["seconds"] for row in found["rows"]}
+    assert seconds["matmul"] > 0 and seconds["optimizer"] > 0
+    assert sum(seconds.values()) == pytest.approx(found["step_seconds"])
+    assert found["spec"]["micro_rows"] == 4 and found["versions"]["jax"] == jax.__version__
+    assert "| matrix products |" in (tmp_path / "found.md").read_text()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"found.json", "found.md", "found.png"}
+
+
 @pytest.mark.torch
 def test_the_torch_peer_is_the_same_model_and_update(scripts):
     import torch

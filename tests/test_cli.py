@@ -88,6 +88,7 @@ def test_help_names_every_verb(capsys):
         (["--optimizer.eps", "0"], "optimizer.eps"),
         (["--optimizer.weight-decay", "-1"], "optimizer.weight_decay"),
         (["--run-folder", HERE], "cannot be made"),
+        (["--profile", "9:4"], "give START:STOP"),
     ],
 )
 def test_a_mistaken_option_costs_one_message_and_nothing_on_disk(
@@ -133,7 +134,7 @@ def test_every_field_of_the_config_is_an_option(file, capsys):
     out = capsys.readouterr().out
     for option in ("--steps", "--model.rope-base", "--optimizer.decay-matrices-only",
                    "--data.sources.1.weight", "--checkpoint.permanent-every", "--sample.prompts",
-                   "--validation.rows", "--compute-dtype"):  # fmt: skip
+                   "--validation.rows", "--compute-dtype", "--profile"):  # fmt: skip
         assert option in out
 
 

@@ -53,14 +53,6 @@ def render(found: Breakdown) -> RenderableType:
     return Group(title(found), table, *legend(found))
 
 
-def to_markdown(found: Breakdown) -> str:
-    """The same for a file."""
-    rows = cells(found)
-    lines = [f"# {title(found)}", "", *legend(found), ""]
-    lines += [f"| {' | '.join(COLUMNS[: len(rows[0])])} |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
-
-
 def draw(found: Breakdown, path: Path) -> None:
     """Bars of what was measured, and of the roofline, as a PNG."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
@@ -91,7 +83,7 @@ def draw(found: Breakdown, path: Path) -> None:
     axes.set_xlabel(f"ms a step, of {_ms(found.step_seconds)}")
     axes.set_title(title(found), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def write(found: Breakdown, folder: Path) -> None:

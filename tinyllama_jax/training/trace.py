@@ -67,7 +67,8 @@ class Profiler:
     def __init__(
         self, steps: range, first_step: int, folder: Path, config: Config, mesh: Mesh, say: Say
     ):
-        """`first_step`: how many steps there were before this process; `say` takes a line."""
+        """`first_step`: how many steps there were before this process; `say` takes a line, where
+        nothing can be traced."""
         compiled = first_step + 1
         if steps and steps.start <= compiled:
             say(
@@ -75,7 +76,7 @@ class Profiler:
                 f"{compiled + 1}, the first one here that is not compiled: give a later range."
             )
             steps = range(0)
-        self._steps, self._config, self._mesh = steps, config, mesh
+        self._steps, self._config, self._mesh, self._say = steps, config, mesh, say
         self._folder, self._aside = folder / FOLDER, folder / f".{FOLDER}"
         self._running = contextlib.ExitStack()
 
@@ -98,7 +99,7 @@ class Profiler:
         self._running.enter_context(jax.profiler.TraceAnnotation(STEPS))
 
     def end(self, train_step, state, batch) -> Breakdown | None:
-        """Ends after the last step, when the devices have done it: where the time went.
+        """Ends after the last step, when the devices have done it: where the time went, or None.
 
         Args:
           train_step: what `make_step` returns.
@@ -114,6 +115,12 @@ class Profiler:
         program, kinds = read_kinds(compiled)
         (file,) = self._aside.rglob("*.xplane.pb")
         windows, events = read_trace(file, program, kinds)
+        if all(event.kind == "other" for event in events):
+            self._say(
+                "NOTHING IS TRACED: the profiler saw nothing of the step; on an NVIDIA GPU it "
+                "needs CUPTI, and the right to use it."
+            )
+            return None
         tokens = batch[1].size / self._mesh.size
         device = self._mesh.devices.flat[0].device_kind
         least = roofline_by_kind(compiled, self._config, tokens, device)
