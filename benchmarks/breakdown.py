@@ -11,7 +11,6 @@ results/ with their JSON.
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
