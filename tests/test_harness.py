@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -50,7 +51,9 @@ TASKS = {
 # What the model of 64 tokens cannot do.
 REFUSED = {
     "own_long": {"until": ["\n"], "max_gen_toks": 64},
-    "own_samples": {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.8},
+    "own_beams": {"until": ["\n"], "max_gen_toks": 8, "num_beams": 4},
+    "own_cold": {"until": ["\n"], "max_gen_toks": 8, "do_sample": True},
+    "own_sharp": {"until": ["\n"], "max_gen_toks": 8, "temperature": 0.8, "top_p": 1.5},
 }
 
 
@@ -160,6 +163,50 @@ def test_every_answer_is_that_of_lm_evals_own_hf_model(weights, data, own_tasks,
     assert len(answers) > 2
 
 
+# With what a task may say of samples, and leave to lm-eval's and transformers' defaults.
+SAMPLED = [
+    {"do_sample": True, "temperature": 0.7},
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.3},
+    {"temperature": 3.0, "top_k": 4, "num_beams": 1},
+    {"do_sample": False, "temperature": 0.7, "top_k": 4},
+]
+
+
+@pytest.mark.torch
+def test_samples_are_spread_as_those_of_lm_evals_own_hf_model(weights, data, tmp_path):
+    """First tokens of many samples of one prompt."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    flat = weights | {"head_DV": weights["head_DV"] / 2}  # or one token has nearly all samples
+    huggingface.export(flat, SMALL, Path(data.tokenizer), tmp_path / "export")
+    theirs = HFLM(str(tmp_path / "export"), dtype="float32", device="cpu", batch_size=100)
+    mesh, ours = make_lm(flat, data, devices=8)
+    torch.manual_seed(0)
+    for how in SAMPLED:
+        how = {"until": ["\n"], "max_gen_toks": 1} | how
+        asked = [Instance("generate_until", {}, ("The file", how), 0)] * 512
+        with jax.set_mesh(mesh):
+            a = Counter(ours.generate_until(asked))
+        b = Counter(theirs.generate_until(asked, disable_tqdm=True))
+        apart = sum(abs(a[text] - b[text]) for text in a | b) / 2 / 512
+        assert apart < 0.2 and (len(a) > 3) == how.get("do_sample", True), how
+
+
+def test_a_sample_is_the_same_twice_whatever_goes_together(weights, data, monkeypatch):
+    how = {"until": ["\n"], "max_gen_toks": 8, "temperature": 1.5}
+    prompts = ["The", "A mesh of", "The", "class"] * 4
+    asked = [Instance("generate_until", {}, (prompt, how), 0) for prompt in prompts]
+    found = []
+    for devices, together in ((8, 2), (8, 2), (1, 8)):
+        monkeypatch.setattr(harness, "PROMPTS", together)
+        mesh, lm = make_lm(weights, data, devices)
+        with jax.set_mesh(mesh):
+            found.append(lm.generate_until(asked))
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 12, "equal prompts want unequal samples"
+
+
 @pytest.fixture
 def scored_run(config, own_tasks):
     """A run that is scored on the way, on eight devices."""
@@ -198,10 +245,12 @@ def test_a_run_scores_itself_on_the_way_as_the_command_does_later(scored_run, ow
     ("names", "words"),
     [
         (["hellaswagg"], "no task 'hellaswagg': did you mean hellaswag"),
-        (["commonsense"], "data of task hellaswag is not here .* set HF_HOME"),
+        (["commonsense"], "data of task hellaswag.* is not here .* set HF_HOME"),
         (["instruct"], "set HF_ALLOW_CODE_EVAL=1"),
         (["own_long"], "own_long asks for up to 64 new tokens and the model's context is 64"),
-        (["own_samples"], "own_samples wants samples"),
+        (["own_beams"], "own_beams wants texts with num_beams = 4"),
+        (["own_cold"], "own_cold wants samples but tells no temperature"),
+        (["own_sharp"], "own_sharp wants samples with top_k = 50 and top_p = 1.5"),
     ],
 )
 def test_what_cannot_be_asked_is_told_in_one_sentence(own_tasks, names, words):

@@ -6,9 +6,9 @@ every answer against lm-eval's `hf` model on the exported weights.
 Shapes: B rows, T tokens, S = T + 1.
 """
 
+import dataclasses
 import difflib
 import functools
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from sentencepiece import SentencePieceProcessor
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig, UserError, require
 from tinyllama_jax.data.tokenizer import BOS, EOS
-from tinyllama_jax.inference.generate import generate
+from tinyllama_jax.inference.generate import GREEDY, Sampler, generate
 from tinyllama_jax.inference.scores import SUITES, TaskScores
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
@@ -37,7 +37,7 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ["DISABLE_MULTIPROC"] = "1"
 try:
     import lm_eval.api.task
-    from datasets.config import HF_CACHE_HOME
+    from datasets.config import HF_CACHE_HOME, HF_HUB_OFFLINE
     from datasets.exceptions import DatasetNotFoundError
     from datasets.utils.logging import set_verbosity_error
     from lm_eval.api.model import TemplateLM
@@ -50,6 +50,8 @@ except ImportError as error:
         f"Tasks need lm-evaluation-harness ({error}): pip install 'tinyllama-jax[eval]'."
     ) from error
 
+if HF_HUB_OFFLINE:
+    os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")  # metrics have a switch of their own
 set_verbosity_error()  # it warns of what is meant: data that is on this machine already
 # Its bar for each task's prompts is gone in a blink, and would stand between the lines of a run.
 lm_eval.api.task.tqdm = functools.partial(lm_eval.api.task.tqdm, disable=True)
@@ -58,6 +60,10 @@ BATCH_TOKENS = 4096  # of a device at once, padding included
 PROMPTS = 16  # of a device that are continued at once
 SHORTEST = 32  # tokens of the shortest rows; longer ones double up to the context
 MAX_NEW_TOKENS = 256  # of a task that does not say, as of lm-eval's `hf`
+# Of samples whose task does not say, as of transformers' `generate`.
+TOP_K, TOP_P = 50, 1.0
+# What else a task may say, since it changes nothing.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "typical_p": 1.0}
 BOOTSTRAP = 1000  # draws for the standard errors that have no formula
 FEWSHOT_SEED = 1234  # lm-eval's default
 
@@ -188,25 +194,28 @@ class TinyLlamaLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
+        wishes = [read_wish(request.task_name, request.args[1]) for request in requests]
         alike = defaultdict(list)
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
-            alike[json.dumps(requests[index].args[1], sort_keys=True)].append(index)
+            alike[wishes[index]].append(index)
         B = PROMPTS * self._mesh.size
         batches = [
-            (_settings(json.loads(key)), indices[at : at + B])
-            for key, indices in alike.items()
+            (wish, at, indices[at : at + B])
+            for wish, indices in alike.items()
             for at in range(0, len(indices), B)
         ]
         texts = [""] * len(requests)
-        for settings, indices in self._bar(batches, "generating"):
-            ends = [end for end in settings["until"] if end] + [self._tokenizer.id_to_piece(EOS)]
+        for wish, at, indices in self._bar(batches, "generating"):
+            ends = [*wish.until, self._tokenizer.id_to_piece(EOS)]
             # Too long: cut on the left, so that all new tokens have room.
-            room = self._model.context - settings["max_gen_toks"]
+            room = self._model.context - wish.max_tokens
             new = generate(
                 self._model,
                 weights,
                 [prompts[index][-room:] or [self.prefix_token_id] for index in indices],
-                max_tokens=settings["max_gen_toks"],
+                max_tokens=wish.max_tokens,
+                sampler=wish.sampler,
+                seed=at,  # a sample hangs on its place among all, however many go together
                 eos=EOS,
                 stop=lambda ids, ends=ends: any(end in self._tokenizer.decode(ids) for end in ends),
             )
@@ -215,9 +224,45 @@ class TinyLlamaLM(TemplateLM):
         return texts
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`until`, `max_gen_toks` and `do_sample` of a task that wants text, however it names them."""
-    return dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What a task wants of the texts that follow its prompts."""
+
+    until: tuple[str, ...]
+    max_tokens: int
+    sampler: Sampler
+
+
+def read_wish(task: str, given: Mapping[str, Any]) -> Wish:
+    """A task's `generation_kwargs` as lm-eval's `hf` model and transformers understand them.
+
+    Raises:
+      UserError: what is not done here, or would fail there.
+    """
+    how: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
+    until = tuple(end for end in how.pop("until") if end)
+    max_tokens, do_sample = how.pop("max_gen_toks"), how.pop("do_sample")
+    temperature = float(how.pop("temperature", 0.0))
+    top_k, top_p = how.pop("top_k", None), how.pop("top_p", None)
+    for name, value in how.items():
+        require(
+            name in NEUTRAL and value == NEUTRAL[name],
+            f"{task} wants texts with {name} = {value!r}, which is not done here: leave it out.",
+        )
+    if not do_sample:
+        return Wish(until, max_tokens, GREEDY)
+    require(
+        temperature > 0,
+        f"{task} wants samples but tells no temperature above 0: its generation_kwargs need one.",
+    )
+    top_k, top_p = TOP_K if top_k is None else top_k, TOP_P if top_p is None else top_p
+    try:
+        return Wish(until, max_tokens, Sampler(temperature, int(top_k), float(top_p)))
+    except UserError:
+        raise UserError(
+            f"{task} wants samples with top_k = {top_k} and top_p = {top_p}, which cannot be: "
+            "leave it out."
+        ) from None
 
 
 def _padded(T: int, context: int) -> int:
@@ -356,9 +401,9 @@ def _load(manager: TaskManager, name: str) -> Mapping[str, Any]:
         return manager.load([name])
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
-            f"The data of task {name} is not here and cannot be had ({_first_line(error)}): run "
-            f"the same where there is network, copy what that leaves in {HF_CACHE_HOME} to this "
-            "machine, and set HF_HOME to the copy."
+            f"The data of task {name}, or its metric, is not here and cannot be had "
+            f"({_first_line(error)}): run the same where there is network, copy what that leaves "
+            f"in {HF_CACHE_HOME} to this machine, and set HF_HOME to the copy."
         ) from error
 
 
@@ -371,16 +416,11 @@ def _check_task(task, model: LlamaConfig, code_is_allowed: bool) -> None:
     )
     if task.OUTPUT_TYPE != "generate_until":
         return
-    settings = _settings(task.config.generation_kwargs or {})
+    wish = read_wish(task.config.task, task.config.generation_kwargs or {})
     require(
-        settings["max_gen_toks"] < model.context,
-        f"{task.config.task} asks for up to {settings['max_gen_toks']} new tokens and the model's "
-        f"context is {model.context}: leave it out.",
-    )
-    require(
-        not settings["do_sample"],
-        f"{task.config.task} wants samples, and only the likeliest text is generated here: leave "
-        "it out.",
+        wish.max_tokens < model.context,
+        f"{task.config.task} asks for up to {wish.max_tokens} new tokens and the model's context "
+        f"is {model.context}: leave it out.",
     )
 
 
