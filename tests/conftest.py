@@ -18,7 +18,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # lm-eval's libraries: nothing is asked of a network, and nothing stays in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = COMPILED.name + "/datasets"
+os.environ["HF_HOME"] = COMPILED.name + "/huggingface"
 
 import jax
 import jax.numpy as jnp
