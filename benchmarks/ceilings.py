@@ -61,6 +61,12 @@ def seconds_of(run, operands, seconds: float) -> list[float]:
     return found
 
 
+def copy_speeds(size: int, seconds: float) -> list[float]:
+    """Bytes a second, read and written, of x + 1 over `size` bytes: each round's, rising."""
+    arrays = [(jnp.full(size // 4, i, jnp.float32),) for i in range(SETS)]
+    return sorted(2 * size / s for s in seconds_of(jax.jit(lambda x: x + 1), arrays, seconds))
+
+
 def main(options: Options) -> None:
     device = jax.devices()[0]
     peak = PEAK_FLOPS.get(device.device_kind)
@@ -84,9 +90,7 @@ def main(options: Options) -> None:
             middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
             rows.append((f"{name}: {M} x {K} x {N}", f"{middle} TFLOP/s", share))
     size = 2**16 if options.quick else 2**30
-    arrays = [(jnp.full(size // 4, i, jnp.float32),) for i in range(SETS)]
-    found = seconds_of(jax.jit(lambda x: x + 1), arrays, options.seconds)
-    speeds = sorted(2 * size / s / 1e12 for s in found)
+    speeds = [speed / 1e12 for speed in copy_speeds(size, options.seconds)]
     middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
     rows.append((f"x + 1 over {size / 2**30:g} GiB", f"{middle} TB/s", ""))
 

@@ -1,62 +1,63 @@
 """Generation beside transformers' `generate` in PyTorch: same weights, dtype, prompts and device.
 
-    python benchmarks/generation.py                  # the demo and the 1.1B; a file in results/
+    python benchmarks/generation.py                  # the demo and the 1.1B; a table in results/
     python benchmarks/generation.py --models demo    # one of them
+    python benchmarks/generation.py --quick          # a tiny model, which times nothing of worth
 
-PyTorch draws random weights and saves them (4.4 GB in a temporary folder for the 1.1B model), and
-both sides open that folder. They take turns, round after round, each time in a fresh process, which
-warms up (we compile there) and is then timed at each batch size. Texts are greedy, never ended by
-eos, and compared. Prompts of a batch are equally long: PyTorch would want others padded.
+PyTorch draws random weights and saves them in a temporary folder, which both sides open in turns:
+ours, transformers, ours, each time in a fresh process that warms up (we compile there) and is then
+timed at each batch size, so that a clock that drifts meets both. Texts are greedy, never ended by
+eos. In fp32 they must be equal: exit code 1 if they are not. Prompts of a batch are equally long:
+PyTorch would want others padded.
+
+On two CPU cores the demo takes a minute or two, the 1.1B under ten, 14 GB of memory and 4.4 GB of
+disk; the table tells what each process held at most.
 """
 
 import dataclasses
 import datetime
-import importlib.metadata
 import multiprocessing
 import os
-import platform
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
-from rich.console import Console
-from rich.table import Table
 
-from tinyllama_jax.config import DEMO, TINYLLAMA_1B, LlamaConfig
+import running
+from ceilings import copy_speeds
+from tinyllama_jax.config import LlamaConfig, require
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.inference.generate import stream
-from tinyllama_jax.runtime.targets import CARDS
 
-MODELS = {"demo": DEMO, "1b": TINYLLAMA_1B}
+# Model -> new tokens of a row: of the 1.1B few, since a CPU reads 4.4 GB for each.
+NEW = {"demo": 97, "1b": 17, "tiny": 9}
+# (model, is there a GPU) -> how many times as fast as transformers this project means to be.
+BARS = {("demo", False): 2.0, ("1b", False): 1.0, ("demo", True): 2.0, ("1b", True): 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    models: tuple[Literal["demo", "1b"], ...] = ("demo", "1b")
+    models: tuple[str, ...] = ("demo", "1b")
     batch: tuple[int, ...] = (1, 16)
     prompt: int = 32
     """Tokens of a prompt."""
-    new: int = 97
-    """Tokens after it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bf16 on a GPU and fp32 on a CPU."""
-    rounds: int = 3
-    out: Path = Path(__file__).parent / "results"
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """One generation: seconds until the first new tokens are there, until all are, and they."""
-
-    first: float
-    whole: float
-    ids: list[list[int]]
+    new: int | None = None
+    """Tokens after it; by default 97 of the demo, and of the 1.1B 17 on a CPU."""
+    dtype: str = "auto"
+    """float32 or bfloat16; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    rounds: int = 1
+    """A round more is another turn of transformers and of ours."""
+    quick: bool = False
+    out: Path | None = None
+    """Where the results go, without suffix: benchmarks/results/DATE-generation-DEVICE by default,
+    and nowhere with --quick."""
 
 
 def save_random(config: LlamaConfig, folder: Path) -> None:
@@ -74,13 +75,26 @@ def prompts(config: LlamaConfig, rows: int, length: int) -> list[list[int]]:
     return generator.integers(3, config.vocab_size, (rows, length)).tolist()
 
 
-def theirs(folder: Path, config: LlamaConfig, options: Options, dtype: str) -> list[Timed]:
+def turn(rows: int, first: float, whole: float, ids: list[list[int]]) -> dict[str, Any]:
+    """One generation: seconds until the first new tokens are there, until all are, and they."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "batch": rows,
+        "first_seconds": first,
+        "seconds": whole,
+        "process_peak_bytes": peak,
+        "ids": ids,
+    }
+
+
+def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
     """A turn of transformers: a generation for each batch size."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    dtype = getattr(torch, case["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 
     def run(ids_BT, new):
         start = time.perf_counter()
@@ -91,36 +105,37 @@ def theirs(folder: Path, config: LlamaConfig, options: Options, dtype: str) -> l
         return time.perf_counter() - start, found
 
     turns = []
-    for rows in options.batch:
-        ids_BT = torch.tensor(prompts(config, rows, options.prompt), device=device)
+    for rows in case["batch"]:
+        ids_BT = torch.tensor(prompts(config, rows, case["prompt"]), device=device)
         run(ids_BT, 3)
         first, _ = run(ids_BT, 1)
-        turns.append(Timed(first, *run(ids_BT, options.new)))
+        turns.append(turn(rows, first, *run(ids_BT, case["new"])))
     return turns
 
 
-def ours(folder: Path, config: LlamaConfig, options: Options, dtype: str) -> list[Timed]:
+def ours(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
     """Our turn: a generation for each batch size."""
-    found, weights = huggingface.load(folder)
+    found, unread = huggingface.open_folder(folder)
     assert found == config
-    weights = jax.tree.map(lambda w: jax.numpy.asarray(w, dtype), weights)
+    # Weight by weight, so that no second copy of the model is there beside what is computed with.
+    weights = jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf), case["dtype"]), unread)
 
     turns = []
-    for rows in options.batch:
-        starts = prompts(config, rows, options.prompt)
+    for rows in case["batch"]:
+        starts = prompts(config, rows, case["prompt"])
         for chunks_of_warm_up in (2, None):
             start, first, ids = time.perf_counter(), 0.0, [[] for _ in starts]
-            chunks = stream(config, weights, starts, max_tokens=options.new, eos=None)
+            chunks = stream(config, weights, starts, max_tokens=case["new"], eos=None)
             for index, chunk in enumerate(chunks):
                 first = first or time.perf_counter() - start
                 ids = [a + b for a, b in zip(ids, chunk, strict=True)]
                 if index + 1 == chunks_of_warm_up:
                     break
-        turns.append(Timed(first, time.perf_counter() - start, ids))
+        turns.append(turn(rows, first, time.perf_counter() - start, ids))
     return turns
 
 
-SIDES = {"transformers": theirs, "ours": ours}
+SIDES = {"ours": ours, "transformers": theirs}
 
 
 def alone(function, *arguments):
@@ -129,90 +144,136 @@ def alone(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def device() -> tuple[str, str]:
-    """Platform and device kind, asked elsewhere: a GPU's memory is for the sides."""
-    return jax.default_backend(), jax.devices()[0].device_kind
+def device(quick: bool) -> dict[str, Any]:
+    """What is found at hand, and bytes a second that it copies."""
+    speeds = copy_speeds(2**16 if quick else 2**30, 0.001 if quick else 0.5)
+    return {
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "copy_bytes_per_s": statistics.median(speeds),
+    }
 
 
-def step_bytes(config: LlamaConfig, rows: int, options: Options, dtype: str) -> float:
+def step_bytes(config: LlamaConfig, rows: int, case: dict[str, Any]) -> float:
     """Bytes that a step reads at least: all weights but the embedding's other rows, and the keys
     and values of half of the new tokens and of the prompt."""
     weights = config.parameters() - config.vocab_size * config.width
-    tokens = rows * (options.prompt + options.new / 2)
+    tokens = rows * (case["prompt"] + case["new"] / 2)
     cached = 2 * config.layers * config.kv_heads * config.head_width * tokens
-    return (weights + cached) * np.dtype(jax.numpy.dtype(dtype)).itemsize
+    return (weights + cached) * np.dtype(jax.numpy.dtype(case["dtype"])).itemsize
 
 
-def measure(options: Options, dtype: str, kind: str) -> list[list[str]]:
-    """Rows of the table: medians over the rounds."""
-    cards = {target.device_kind: target.bandwidth for target in CARDS.values()}
-    table = []
-    for name in options.models:
-        config, turns = MODELS[name], {side: [] for side in SIDES}
-        with tempfile.TemporaryDirectory() as temporary:
-            alone(save_random, config, Path(temporary))
-            for _ in range(options.rounds):
-                for side, run in SIDES.items():
-                    turns[side].append(alone(run, Path(temporary), config, options, dtype))
-        for index, rows in enumerate(options.batch):
-            runs = {side: [turn[index] for turn in turns[side]] for side in SIDES}
-            pairs = list(zip(*runs.values(), strict=True))
-            same = [
-                a == b
-                for pair in pairs
-                for a, b in zip(*(np.ravel(t.ids) for t in pair), strict=True)
-            ]
-            for side in SIDES:
-                speeds = [rows * options.new / t.whole for t in runs[side]]
-                steps = [(t.whole - t.first) / (options.new - 1) for t in runs[side]]
-                step, cells = statistics.median(steps), [name, str(rows), side]
-                cells.append(f"{1e3 * statistics.median(t.first for t in runs[side]):,.1f}")
-                cells.append(f"{1e3 * step:,.2f}")
-                median = f"{statistics.median(speeds):,.1f}"
-                cells.append(f"{median} ({min(speeds):,.1f}-{max(speeds):,.1f})")
-                ratio = statistics.median(a.whole / b.whole for a, b in pairs)
-                cells.append(f"{ratio:.2f}" if side == "ours" else "")
-                speed = step_bytes(config, rows, options, dtype) / step
-                share = f" ({speed / cards[kind]:.0%})" if kind in cards else ""
-                cells.append(f"{speed / 1e9:,.1f}{share}")
-                cells.append(f"{np.mean(same):.0%}" if side == "ours" else "")
-                table.append(cells)
-    return table
+def measure(name: str, case: dict[str, Any], rounds: int, run) -> list[dict[str, Any]]:
+    """The turns of one model, by batch size in the order in which they ran."""
+    config, turns = running.MODELS[name], []
+    with tempfile.TemporaryDirectory() as temporary:
+        run(save_random, config, Path(temporary))
+        for side in ("ours", *("transformers", "ours") * rounds):
+            print(f"{name}, {side}", flush=True)
+            for found in run(SIDES[side], Path(temporary), config, case):
+                turns.append({"model": name, "side": side, **case, **found})
+    turns.sort(key=lambda found: found["batch"])  # stable: turns stay in their order
+    wanted = {found["batch"]: found["ids"] for found in turns if found["side"] == "transformers"}
+    for found in turns:
+        rows, new = found["batch"], case["new"]
+        found["step_seconds"] = (found["seconds"] - found["first_seconds"]) / (new - 1)
+        found["tokens_per_s"] = rows * new / found["seconds"]
+        found["step_bytes"] = step_bytes(config, rows, case)
+        same = np.equal(found.pop("ids"), wanted[rows])
+        found["same_tokens"] = float(np.mean(same))
+    return turns
 
 
-COLUMNS = ("model", "batch", "side", "first token, ms", "step, ms", "tokens/s")
-COLUMNS += ("ratio", "GB/s", "same tokens")
+COLUMNS = ("model", "rows", "side", "first, ms", "step, ms", "tokens/s", "GB/s", "share", "same")
+COLUMNS += ("held, GB",)
 
 
-def main(options: Options) -> None:
-    platform_, kind = alone(device)
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if platform_ == "cpu" else "bfloat16"
-    rows = measure(options, dtype, kind)
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
-    versions.append(f"transformers {importlib.metadata.version('transformers')}")
-    load = "/".join(f"{number:.1f}" for number in os.getloadavg())
-    date = datetime.date.today().isoformat()
-    legend = [
-        f"{kind}, {os.cpu_count()} cores, load average {load}; Python {platform.python_version()}, "
-        f"{', '.join(versions)}. {dtype}, {options.new} new tokens a row after "
-        f"{options.prompt}, greedy. Medians of {options.rounds} rounds (slowest-fastest).",
-        "First token: until it is there, prompt and all. Step: a later token of all rows. "
-        "Tokens/s: of all rows and the whole call. Ratio: transformers' time over ours in the same "
-        "round. GB/s: what a step must read, over its time (of the card's bandwidth, where it is "
-        "known). Same tokens: ours that are transformers' too.",
+def cells(found: dict[str, Any], copy: float) -> list[str]:
+    speed = found["step_bytes"] / found["step_seconds"]
+    return [
+        found["model"],
+        str(found["batch"]),
+        found["side"],
+        f"{1e3 * found['first_seconds']:,.1f}",
+        f"{1e3 * found['step_seconds']:,.2f}",
+        f"{found['tokens_per_s']:,.1f}",
+        f"{speed / 1e9:,.2f}",
+        f"{speed / copy:.0%}",
+        f"{found['same_tokens']:.1%}",
+        f"{found['process_peak_bytes'] / 1e9:.2f}",
     ]
-    table = Table(*COLUMNS, title=f"Generation, {date}", caption="\n".join(legend))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    lines = [f"# Generation, {date}", "", *legend, ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"generation-{date}.md").write_text("\n".join(lines) + "\n")
+
+
+def ratios(turns: list[dict[str, Any]], on_gpu: bool) -> list[str]:
+    """A phrase for each model and batch size: how many times as fast, and the bar."""
+    found = []
+    for name, rows in dict.fromkeys((t["model"], t["batch"]) for t in turns):
+        speeds = {
+            side: statistics.median(
+                t["tokens_per_s"]
+                for t in turns
+                if (t["model"], t["batch"], t["side"]) == (name, rows, side)
+            )
+            for side in SIDES
+        }
+        ratio, bar = speeds["ours"] / speeds["transformers"], BARS.get((name, on_gpu))
+        against = "" if bar is None else f" ({'reached' if ratio >= bar else 'MISSED'}: {bar:.1f})"
+        found.append(f"{name} at batch {rows} {ratio:.2f}{against}")
+    return found
+
+
+def report(turns: list[dict[str, Any]], at_hand: dict[str, Any], options: Options) -> None:
+    first, kind, copy = turns[0], at_hand["device"], at_hand["copy_bytes_per_s"]
+    new = ", ".join(f"{model} {n}" for model, n in {t["model"]: t["new"] for t in turns}.items())
+    load = "/".join(f"{number:.1f}" for number in os.getloadavg())
+    legend = [
+        f"{kind}, {os.cpu_count()} cores, load average {load}. {first['dtype']}, greedy; new "
+        f"tokens of a row after {first['prompt']}: {new}.",
+        "Our tokens/s over transformers', of the whole call (in brackets what is meant to be "
+        f"reached): {'; '.join(ratios(turns, at_hand['platform'] != 'cpu'))}.",
+        "First: until the first token is there, prompt and all. Step: a later token of all rows. "
+        "Tokens/s: of all rows and the whole call.",
+        "GB/s: what a step must read (weights, keys, values), over its time. Share: of the "
+        f"{copy / 1e9:,.1f} GB/s, read and written, that x + 1 reaches on this device.",
+        "Same: tokens that are transformers'. In bf16 both sides round near ties, and a text that "
+        "leaves the other's never comes back. Held: memory of the process so far, at most.",
+    ]
+    legend += [running.QUICK] * options.quick
+    title = f"Generation on {kind}, {datetime.date.today().isoformat()}"
+    table = [list(COLUMNS), *(cells(found, copy) for found in turns)]
+    running.show(title, table, legend)
+    out = options.out
+    if out is None and not options.quick:
+        out = running.results_path("generation", kind)
+    if out is not None:
+        running.write_results(out, kind, title, legend, table, at_hand | {"turns": turns})
+
+
+def main(options: Options) -> int:
+    models = ("tiny",) if options.quick else options.models
+    require(set(models) <= NEW.keys(), f"--models is {models}: {', '.join(NEW)} are there.")
+    require(
+        options.dtype in ("auto", "float32", "bfloat16"),
+        f"--dtype is {options.dtype!r}: auto, float32 and bfloat16 are there.",
+    )
+    # A GPU's memory is for one side at a time, and never for this process.
+    run = (lambda function, *arguments: function(*arguments)) if options.quick else alone
+    at_hand = run(device, options.quick)
+    dtype, on_gpu = options.dtype, at_hand["platform"] != "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    turns = []
+    for name in models:
+        new = options.new or (NEW["demo"] if on_gpu else NEW[name])
+        case = {"dtype": dtype, "batch": options.batch, "prompt": options.prompt, "new": new}
+        turns += measure(name, case, options.rounds, run)
+    report(turns, at_hand, options)
+    same = all(found["same_tokens"] == 1 for found in turns)
+    if dtype == "float32" and not same:
+        print("The texts differ: these are not the same models.", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    running.command(Options, __doc__, main)

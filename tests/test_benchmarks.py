@@ -337,6 +337,31 @@ def test_a_difference_between_two_runs_is_found(scripts, tmp_path, monkeypatch, 
     assert "without what that needs: the same bits" in shown
 
 
+@pytest.mark.torch
+def test_generation_is_compared_with_transformers(scripts, tmp_path, capsys, monkeypatch):
+    generation = scripts("generation")
+    options = generation.Options(quick=True, batch=(1, 3), out=tmp_path / "found")
+    assert generation.main(options) == 0
+    assert "NOTHING about any device" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    turns = [(turn["batch"], turn["side"]) for turn in found["turns"]]
+    assert turns == [(b, s) for b in (1, 3) for s in ("ours", "transformers", "ours")]
+    for turn in found["turns"]:
+        assert 0 < turn["first_seconds"] < turn["seconds"] and turn["same_tokens"] == 1
+        assert turn["tokens_per_s"] == turn["batch"] * turn["new"] / turn["seconds"]
+    table = (tmp_path / "found.md").read_text()
+    assert table.count("| ours |") == 4 and table.count("100.0%") == 6
+    assert "tiny at batch 1 " in table and "tiny at batch 3 " in table
+
+    # Another text ends in exit code 1.
+    monkeypatch.setattr(generation, "save_random", lambda config, folder: None)
+    for last, side in enumerate(generation.SIDES):
+        made = [generation.turn(1, 1.0, 2.0, [[7, last]])]
+        monkeypatch.setitem(generation.SIDES, side, lambda *_, made=made: list(map(dict, made)))
+    assert generation.main(generation.Options(quick=True, batch=(1,))) == 1
+    assert "The texts differ" in capsys.readouterr().err
+
+
 def test_ceilings_are_measured_and_written(scripts, tmp_path, capsys):
     ceilings = scripts("ceilings")
     options = ceilings.Options(seconds=0.001, quick=True, out=tmp_path / "found.md")
