@@ -106,6 +106,7 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
             elif name.endswith("k_proj.weight"):
                 array = interleave(array, config.kv_heads)
             writer.write_tensor_data(array)
+            del array  # or it would still be there while the next one is read
         writer.close()
         aside.rename(file)
     except OSError as error:

@@ -80,6 +80,7 @@ def write(
                 name, array = next(tensors)
                 assert (name, array.shape, array.dtype.name) == (wanted, shapes[name], dtype)
                 out.write(array.reshape(-1).view(np.uint8).data)
+                del array  # or it would still be there while the next one is read
     if len(files) > 1:
         total = sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
         where = {name: file for file, held in zip(names, files, strict=True) for name in held}

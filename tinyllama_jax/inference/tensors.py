@@ -150,7 +150,7 @@ def _part(weight: Any, tensor: Tensor, dtype: str) -> np.ndarray:
     """One tensor of a weight, as Hugging Face has it."""
     part = (weight if isinstance(weight, Unread) else np.asarray(weight))[tensor.index]
     with np.errstate(over="ignore"):
-        array = tensor.to_hf(part.astype(dtype, copy=False))
+        array = part.astype(dtype, copy=False)
     if not np.isfinite(array).all():
         require(
             bool(np.isfinite(part).all()),
@@ -160,4 +160,4 @@ def _part(weight: Any, tensor: Tensor, dtype: str) -> np.ndarray:
         raise UserError(
             f"Weight {tensor.path} holds values too large for {dtype}: give another dtype."
         )
-    return array
+    return tensor.to_hf(array)
