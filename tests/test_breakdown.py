@@ -20,7 +20,7 @@ from tinyllama_jax.training.breakdown import (
 )
 from tinyllama_jax.training.breakdown_table import cells, draw, write
 from tinyllama_jax.training.plan import lower_step
-from tinyllama_jax.training.program import read_kinds, read_program
+from tinyllama_jax.training.program import read_kinds, read_program, read_traffic
 
 MS = 1e6  # in ns
 EVENTS = [
@@ -128,6 +128,11 @@ def test_a_program_is_read_through_its_graphs():
     assert program.matmul_flops == 2 * 8 * 4 * 2
     assert program.optimizer_bytes == 3 * 2 * 8 * 2
     assert program.other_bytes == 2 * program.optimizer_bytes
+    moved = program.optimizer_bytes
+    assert read_traffic(compiled) == [
+        ("jit(step)/optimizer/mul", moved),
+        ("state['optimizer']", moved),
+    ]
 
 
 @pytest.mark.compile
@@ -155,8 +160,16 @@ def test_every_product_and_kernel_of_the_step_for_an_h100_is_found(backend):
     pairs = tokens * model.layers * model.query_heads * model.head_width * model.context
     assert program.attention_flops == (9 if backend == "pallas" else 16) * pairs
     for kernel in KERNELS if backend == "pallas" else ():
-        names = re.findall(rf"%([\w.-]+) = .*op_name=\"[^\"]*/{kernel}/", compiled.as_text())
+        call = rf"%([\w.-]+) = .* custom-call\(.*op_name=\"[^\"]*/{kernel}/"
+        names = re.findall(call, compiled.as_text())
         assert len(names) == model.layers and {kinds[name] for name in names} == {"attention"}
+    moved = read_traffic(compiled)
+    assert sum(size for _, size in moved) == program.other_bytes
+    # A loop's share is that of all its rounds, and SwiGLU's backward pass reads three arrays of it
+    # and writes two, or three.
+    swiglu = sum(size for name, size in moved if "swiglu" in name and name.endswith("add_any"))
+    array = 2 * tokens * model.layers * model.swiglu_width
+    assert 5 * array <= swiglu <= 6 * array
     # AdamW in fp32 reads four numbers of each weight and writes three; and a little beside it.
     assert 28 < program.optimizer_bytes / model.parameters() < 40
 

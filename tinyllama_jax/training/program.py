@@ -116,6 +116,17 @@ def read_kinds(compiled: jax.stages.Compiled) -> tuple[str, dict[str, Kind]]:
     return text.split(maxsplit=2)[1].rstrip(","), kinds
 
 
+def read_traffic(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
+    """What is memory-bound in a program for GPUs, in the order of its schedule.
+
+    Returns:
+      (the name that JAX gives the operation, scopes and derivatives in it; bytes read and written a
+      step) of each instruction: a fusion has the name of its last operation.
+    """
+    schedule = _Schedule(compiled.as_text() or "")
+    return list(schedule.traffic(schedule.entry, times=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Work:
     matmul_flops: int = 0
@@ -215,6 +226,16 @@ class _Schedule:
                 overlapped_bytes=between.other_bytes,
                 times=times,
             )
+
+    def traffic(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
+        """Of the memory-bound instructions of a computation and of the loops in it."""
+        for instruction in self.computations[computation].values():
+            if instruction.opcode == "while":
+                body, trips = _loop(instruction)
+                yield from self.traffic(body, times * trips)
+            elif self.kind(instruction) in ("memory", "optimizer"):
+                name = instruction.attribute(r'op_name="([^"]*)"') or instruction.opcode
+                yield name, times * self._traffic(computation, instruction)
 
     @functools.cache  # noqa: B019 (a schedule lives for one reading)
     def work(self, computation: str) -> _Work:
