@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The training step on a CUDA machine in one call of under nine minutes: what the card reaches at
 # most, where the time of ours goes, then ours beside PyTorch's (ceilings.py, breakdown.py and
-# training.py of this folder). JAX for CUDA and torch must be there; wheels in .wheels/ go into a folder of their
-# own. No network is needed.
+# training.py of this folder). JAX for CUDA and torch must be there; wheels in .wheels/ go into a
+# folder of their own. No network is needed.
 #
 #   MODEL=1b      120m or demo too
 #   PYTHON=...    python3 by default

@@ -15,8 +15,9 @@ COLUMNS = ("", "ms a step", "share", "roofline ms", "above it ms")
 
 
 def title(found: Breakdown) -> str:
-    last = found.first_step + found.steps - 1
-    return f"Where a step's time goes: {found.device}, steps {found.first_step} to {last}"
+    first, last = found.first_step, found.first_step + found.steps - 1
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"Where a step's time goes: {found.device}, {steps}"
 
 
 def legend(found: Breakdown) -> list[str]:
