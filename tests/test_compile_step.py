@@ -1,6 +1,7 @@
 """The 3T run's step, compiled for the sixteen A100-40GB that it is meant for; none is here."""
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_gradients_are_scattered_once_a_step_in_fp32(config, program):
     assert {(c.dtype, c.devices, c.times) for c in scatters} == {("f32", 16, 1)}
     assert sum(c.bytes for c in scatters) == 4 * config.model.parameters()
     assert len(scatters) == config.model.layers + 2
+
+
+def test_no_gradient_is_added_up_in_any_order(text):
+    """What XLA scatters it adds by atomics, in another order each time."""
+    assert "embedding_gradient" in text
+    assert not re.search(r" scatter\(", text)
 
 
 def test_the_head_is_never_gathered_in_fp32(program):
