@@ -15,6 +15,7 @@ results/; exit code 1 says that it learns something else.
 import dataclasses
 import datetime
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ class Options:
     """A prepared dataset without padding, whose pieces are no more than the model's."""
     steps: int = 1000
     rows: int = 8
-    """Of a step: 16,384 tokens, so that four runs and their starts take an H100 under six
-    minutes."""
+    """Of a step: 16,384 tokens, so that four runs and their starts take an H100 six minutes."""
+    seconds: float = 600
+    """For all runs together; none of them is judged where it does not suffice."""
     quick: bool = False
     out: Path | None = None
     """Where the results go, without suffix; benchmarks/results/DATE-learning-DEVICE by default."""
@@ -233,22 +235,27 @@ def draw(losses: Losses, title: str, path: Path) -> None:
 
 def measure(options: Options, spec: running.Spec) -> dict[tuple[str, int], dict[str, Any]]:
     """What each run found, by system and seed."""
-    found = {}
+    found, started = {}, time.monotonic()
     temporary = tempfile.TemporaryDirectory(prefix="learning-")
     with temporary as folder, Console(stderr=True).status("rows and weights") as status:
         caches = running.own_caches(f"{folder}/caches")
         spec |= {"folder": folder, "data": str(options.data) if options.data else None}
         # Drawn on the CPU and read by all, since devices round what they draw in their own way.
         made = running.in_own_process(
-            __file__, spec | {"whose": "files"}, 300, caches | {"JAX_PLATFORMS": "cpu"}
+            __file__,
+            spec | {"whose": "files"},
+            options.seconds,
+            caches | {"JAX_PLATFORMS": "cpu"},
         )
         require("failure" not in made, f"No rows and weights: {made.get('failure')}")
         for seed in SEEDS:
             for system in SYSTEMS:
                 status.update(f"{system}, seed {seed}")
                 asked = spec | {"whose": system, "seed": seed, "options": spec[system]}
-                row = running.in_own_process(__file__, asked, 600, caches)
+                left = options.seconds - (time.monotonic() - started)
+                row = running.in_own_process(__file__, asked, max(left, 0), caches)
                 require("failure" not in row, f"{system}, seed {seed}: {row.get('failure')}")
+                status.console.print(f"{system}, seed {seed}: {sum(row['seconds']):.0f} s of steps")
                 found[system, seed] = row | made
     return found
 

@@ -324,12 +324,14 @@ def test_rows_of_the_library_and_batches_of_them(scripts, data, tmp_path, monkey
 
 
 def test_a_difference_between_two_runs_is_found(scripts, tmp_path, monkeypatch, capsys):
-    repeat, running = scripts("repeat"), scripts("running")
-    asked = []
+    repeat = scripts("repeat")
+    asked, kept = [], []
 
     def run(spec):
         asked.append(spec)
-        return repeat.run(spec)
+        if spec["repeatable"]:
+            kept.append(repeat.run(spec))
+        return kept[-1]
 
     in_this_process(monkeypatch, scripts, run)
     options = repeat.Options(steps=6, rows=2, quick=True, out=tmp_path / "found")
@@ -338,13 +340,14 @@ def test_a_difference_between_two_runs_is_found(scripts, tmp_path, monkeypatch, 
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["same_bits"] and "weights.embedding_VD" in found["runs"][0]["bits"]
 
-    model = dataclasses.replace(running.TINY, rope_base=3e3)
-    other = run(asked[0] | {"model": dataclasses.asdict(model)})
-    results = iter([found["runs"][0], other, other, other])
+    # In bf16 JAX's own gradient of the embedding rounds more often than ours.
+    begun = {"precision": "bfloat16", "begun": time.time()}
+    ordered, other = (repeat.run(spec | begun) for spec in asked[:2])
+    results = iter([ordered, other, other, other])
     in_this_process(monkeypatch, scripts, lambda spec: next(results))
     assert repeat.main(options) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Runs 1 and 3: THEY DIFFER in the loss from step 1 on and" in shown
+    assert "Runs 1 and 3: THEY DIFFER in the loss from step 2 on and" in shown
     assert "without what that needs: the same bits" in shown
 
 
