@@ -12,13 +12,15 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # a test's own process may want others
 # Tests marked `gpu` run where it says otherwise: JAX_PLATFORMS=cuda pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One program is compiled once a session, however many runs and processes ask for it.
-COMPILED = tempfile.TemporaryDirectory(prefix="tinyllama-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# One program is compiled once a session, however many workers, runs and processes ask for it: the
+# process that started a worker has made the folder, and removes it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="tinyllama-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # lm-eval's libraries: nothing is asked of a network, and nothing stays in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = COMPILED.name + "/huggingface"
+os.environ["HF_HOME"] = os.environ["JAX_COMPILATION_CACHE_DIR"] + "/huggingface"
 
 import jax
 import jax.numpy as jnp
