@@ -1,8 +1,14 @@
 """Compiled programs are kept for later processes, on GPUs."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+
+import pytest
+
+from tinyllama_jax.config import DataConfig, UserError
+from tinyllama_jax.training import loop
 
 # The folder is chosen by the platform of a mesh, and a process has one before it compiles anything;
 # JAX keeps programs of CPUs too where it is told to.
@@ -48,3 +54,11 @@ def test_a_named_folder_and_a_cpu_are_left_alone(tmp_path):
     # A home that nobody can write to: the run goes on without.
     (tmp_path / "file").touch()
     assert work("gpu", tmp_path / "file") == (0, "None")
+
+
+def test_a_run_keeps_its_programs_before_it_compiles_any(config, mesh, monkeypatch):
+    kept = []
+    monkeypatch.setattr(loop, "keep_programs", kept.append)
+    with pytest.raises(UserError):
+        loop.run(dataclasses.replace(config, data=DataConfig()), mesh)
+    assert kept == [mesh]
