@@ -3,7 +3,6 @@
 # 120M learn as PyTorch's does (benchmarks/repeat.py, benchmarks/learning.py)? JAX for CUDA and torch
 # must be there; wheels in .wheels/ go into a folder of their own. No network is needed.
 #
-#   MODEL=1b        what is repeated, 120m by default
 #   DATA=folder     rows of a prepared dataset, instead of Python's standard library; needs grain
 #   PYTHON=...      python3 by default
 #   OUT=folder      also leaves logs and results there
@@ -20,7 +19,7 @@ if compgen -G '.wheels/*.whl' >/dev/null; then
 fi
 
 code=0
-"$PYTHON" benchmarks/repeat.py --model "${MODEL:-120m}" --seconds 190 2>"$logs/repeat.log" || code=1
+"$PYTHON" benchmarks/repeat.py --seconds 190 2>"$logs/repeat.log" || code=1
 "$PYTHON" benchmarks/learning.py --seconds $((520 - SECONDS)) ${DATA:+--data "$DATA"} \
   2>"$logs/learning.log" || code=1
 [ "$code" = 0 ] || tail -n 25 "$logs"/*.log
