@@ -185,7 +185,7 @@ logits_BV, cache = llama.decode(model, ready, newest, jnp.array([place]), place,
 with torch.no_grad():
     read = torch_model(torch.tensor([[*ids, int(newest[0])]]), use_cache=True)
 kept = read.past_key_values.layers[-1].keys[0, 0].numpy()
-ours_SH = np.asarray(cache.keys_LBKSH[-1, 0, 0])
+ours_SH = np.asarray(cache.keys_BKSH[-1][0, 0])
 print(f"largest difference of a key: {np.abs(ours_SH[: place + 1] - kept).max():.1e}")
 
 figure, shown = plt.subplots(1, 2, figsize=(9, 3), dpi=110, layout="constrained", sharey=True)

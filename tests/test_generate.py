@@ -159,7 +159,7 @@ def test_each_device_goes_on_with_its_own_rows(weights, monkeypatch):
 
     def watched(*args):
         cache = args[2].cache
-        arrays = cache.keys_LBKSH, cache.values_LBKSH
+        arrays = *cache.keys_BKSH, *cache.values_BKSH
         shapes = [(x.shape, x.addressable_shards[0].data.shape) for x in arrays]
         calls.append((args[:2] + jax.tree.map(jax.typeof, args[2:]), shapes))
         return go_on(*args)
@@ -172,8 +172,8 @@ def test_each_device_goes_on_with_its_own_rows(weights, monkeypatch):
             patch.setattr(inference, "_go_on", watched)
             assert generate(MODEL, parts, prompts, **options) == alone
     for _, shapes in calls:
-        for (L, B, *rest), part in shapes:
-            assert B == 16 and part == (L, 2, *rest)
+        for (B, *rest), part in shapes:
+            assert B == 16 and part == (2, *rest)
     with jax.set_mesh(mesh):
         program = go_on.lower(*calls[-1][0]).compile().as_text()
     collective = r"all-\w+|reduce-scatter|collective-\w+"

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,13 +205,8 @@ class _Texts(NamedTuple):
     cache: llama.Cache
 
 
-def _split(rows_axis: int = 0) -> Any:
-    """Rows, which stand on this axis, over all devices; `Any` where an array is meant."""
-    return P(*(None,) * rows_axis, BATCH_AXES)
-
-
-TEXTS = _Texts(_split(), _split(), llama.Cache(_split(1), _split(1), _split()))
-HOW = (_split(), P(), P(), P())
+ROWS = P(BATCH_AXES)  # split over all devices
+HOW = (ROWS, P(), P(), P())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -222,7 +217,7 @@ def _begin(config, columns, weights, tokens_BT, lengths_B, how) -> tuple[jax.Arr
         logits_BV, cache = llama.prefill(config, weights, tokens_BT, lengths_B, columns)
         return _Texts(_choose(logits_BV, lengths_B, *how), lengths_B, cache)
 
-    begin = _on_own_rows(begin, (P(), _split(), _split(), HOW), TEXTS)
+    begin = _on_own_rows(begin, (P(), ROWS, ROWS, HOW), ROWS)
     texts = begin(weights, tokens_BT, lengths_B, how)
     return _everywhere(texts.newest_B), texts
 
@@ -254,8 +249,7 @@ def _go_on(config, weights, texts, column, open_B, steps, end, how) -> tuple[jax
         _, new_BC, _, texts = jax.lax.while_loop(goes_on, add_token, (0, new_BC, open_B, texts))
         return new_BC, texts
 
-    specs = (P(), TEXTS, P(), _split(), P(), P(), HOW)
-    go_on = _on_own_rows(go_on, specs, (_split(), TEXTS))
+    go_on = _on_own_rows(go_on, (P(), ROWS, P(), ROWS, P(), P(), HOW), ROWS)
     new_BC, texts = go_on(weights, texts, column, open_B, steps, end, how)
     return _everywhere(new_BC), texts
 

@@ -253,11 +253,12 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far: of the kv heads alone, rotated.
 
     The columns of a row hold its prompt, padding up to the longest one, and its new tokens. So a
-    new token has the same column in all rows, whatever its position in its own.
+    new token has the same column in all rows, whatever its position in its own. Each layer has
+    arrays of its own: cut out of all layers' they would be copied for every token.
     """
 
-    keys_LBKSH: jax.Array
-    values_LBKSH: jax.Array
+    keys_BKSH: tuple[jax.Array, ...]
+    values_BKSH: tuple[jax.Array, ...]
     filled_BS: jax.Array
     """Which columns hold a token."""
 
@@ -280,20 +281,16 @@ def prefill(
     """
     B, T = tokens_BT.shape
     block, rope = make_block(config), rope_tables(jnp.arange(T)[None], config)
+    free = ((0, 0), (0, 0), (0, columns - T), (0, 0))
     x_BTD, keys, values = embed(weights, tokens_BT), [], []
     for layer in map(block, weights["blocks"]):
         q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
         with jax.named_scope("attention"):
             o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
         x_BTD = layer.above_attention(x_BTD, o_BTNH)
-        keys.append(k_BTKH.swapaxes(1, 2))
-        values.append(v_BTKH.swapaxes(1, 2))
-    free = ((0, 0), (0, 0), (0, 0), (0, columns - T), (0, 0))
-    cache = Cache(
-        jnp.pad(jnp.stack(keys), free),
-        jnp.pad(jnp.stack(values), free),
-        jnp.arange(columns) < lengths_B[:, None],
-    )
+        keys.append(jnp.pad(k_BTKH.swapaxes(1, 2), free))
+        values.append(jnp.pad(v_BTKH.swapaxes(1, 2), free))
+    cache = Cache(tuple(keys), tuple(values), jnp.arange(columns) < lengths_B[:, None])
     # Of the other positions nobody wants the logits, which are V wide.
     return _logits(config, weights, x_BTD[jnp.arange(B), lengths_B - 1]), cache
 
@@ -317,17 +314,17 @@ def decode(
       cache: of the tokens before; donate it, and it is written in place.
     """
     block, rope = make_block(config), rope_tables(positions_B[:, None], config)
-    keys_LBKSH, values_LBKSH, filled_BS = cache
-    filled_BS = filled_BS.at[:, column].set(True)
-    x_B1D = embed(weights, tokens_B[:, None])
-    for index, layer in enumerate(map(block, weights["blocks"])):
+    filled_BS = cache.filled_BS.at[:, column].set(True)
+    x_B1D, keys, values = embed(weights, tokens_B[:, None]), [], []
+    layers = zip(map(block, weights["blocks"]), cache.keys_BKSH, cache.values_BKSH, strict=True)
+    for layer, k_BKSH, v_BKSH in layers:
         q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
-        keys_LBKSH = keys_LBKSH.at[index, :, :, column].set(k_B1KH[:, 0])
-        values_LBKSH = values_LBKSH.at[index, :, :, column].set(v_B1KH[:, 0])
+        keys.append(k_BKSH.at[:, :, column].set(k_B1KH[:, 0]))
+        values.append(v_BKSH.at[:, :, column].set(v_B1KH[:, 0]))
         with jax.named_scope("attention"):
-            o_B1NH = cached_attention(q_B1NH, keys_LBKSH[index], values_LBKSH[index], filled_BS)
+            o_B1NH = cached_attention(q_B1NH, keys[-1], values[-1], filled_BS)
         x_B1D = layer.above_attention(x_B1D, o_B1NH)
-    return _logits(config, weights, x_B1D[:, 0]), Cache(keys_LBKSH, values_LBKSH, filled_BS)
+    return _logits(config, weights, x_B1D[:, 0]), Cache(tuple(keys), tuple(values), filled_BS)
 
 
 def unstack(blocks: Weights) -> list[Weights]:
