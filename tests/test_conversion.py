@@ -277,6 +277,7 @@ def test_a_mistaken_option_of_convert_leaves_nothing(source, tmp_path, capsys):
         assert not out.exists()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_file_of_a_checkpoint_that_was_cut_off_is_said(hashed, source, tmp_path, capsys):
     """Without its hashes too, as a machine that lost its power leaves it."""

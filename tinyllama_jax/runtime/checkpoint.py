@@ -302,19 +302,21 @@ class Checkpoints:
           UserError: the checkpoint holds other weights, or is damaged; of the arrays only what is
             read is looked at.
         """
+        # Orbax's layout: an OCDBT database, in it a Zarr array under each weight's path.
+        base = {"driver": "file", "path": f"{self.folder / str(step) / 'weights'}/"}
+        store = {"driver": "ocdbt", "base": base}
         with self._said(step):
+            # Orbax's readers, where they fail in this, leave a traceback behind on stderr.
+            tensorstore.KvStore.open(store).result().list().result()
             self._compare(step, "weights", abstract_weights)
-        folder = self.folder / str(step) / "weights"
         held: dict[str, np.ndarray] = {}
 
         def read(path: str, index: Any) -> np.ndarray:
             if path not in held:
                 held.clear()
             with self._said(step):
-                # Orbax's layout: an OCDBT database, in it a Zarr array under each weight's path.
-                base = {"driver": "file", "path": f"{folder}/"}
-                store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-                spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+                place = store | {"path": f"{path}/"}
+                spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
                 array = tensorstore.open(spec, open=True, read=True).result()
                 chunk = array.chunk_layout.read_chunk.shape
                 if index is ... or (chunk and chunk[0] == 1):
