@@ -5,10 +5,10 @@
     python benchmarks/generation.py --quick          # a tiny model, which times nothing of worth
 
 PyTorch draws random weights and saves them in a temporary folder, which both sides open in turns:
-ours, transformers, ours, each time in a fresh process that warms up (we compile there) and is then
-timed at each batch size, so that a clock that drifts meets both. Texts are greedy, never ended by
-eos. In fp32 they must be equal: exit code 1 if they are not. Prompts of a batch are equally long:
-PyTorch would want others padded.
+ours, transformers, ours, each time in a fresh process, so that a clock that drifts meets both. At
+each batch size a generation warms up (we compile there), and is then repeated for some seconds, of
+which the median is told. Texts are greedy, never ended by eos. In fp32 they must be equal: exit
+code 1 if they are not. Prompts of a batch are equally long: PyTorch would want others padded.
 
 On two CPU cores the demo takes a minute or two, the 1.1B under ten, 14 GB of memory and 4.4 GB of
 disk; the table tells what each process held at most.
@@ -38,6 +38,7 @@ from tinyllama_jax.inference.generate import stream
 
 # Model -> new tokens of a row: of the 1.1B few, since a CPU reads 4.4 GB for each.
 NEW = {"demo": 97, "1b": 17, "tiny": 9}
+SECONDS = 5  # of repeating; the 1.1B takes longer for one on a CPU
 # (model, is there a GPU) -> how many times as fast as transformers this project means to be.
 BARS = {("demo", False): 2.0, ("1b", False): 1.0, ("demo", True): 2.0, ("1b", True): 2.0}
 
@@ -75,20 +76,30 @@ def prompts(config: LlamaConfig, rows: int, length: int) -> list[list[int]]:
     return generator.integers(3, config.vocab_size, (rows, length)).tolist()
 
 
-def turn(rows: int, first: float, whole: float, ids: list[list[int]]) -> dict[str, Any]:
-    """One generation: seconds until the first new tokens are there, until all are, and they."""
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def timed(rows: int, seconds: float, generation) -> dict[str, Any]:
+    """Medians of a generation that is repeated for some seconds, after one that warms up.
+
+    Args:
+      rows: of its batch.
+      seconds: after which it is not begun again.
+      generation: gives (seconds until the first new tokens are there, until all are, the ids).
+    """
+    found, started = [generation()], time.perf_counter()
+    while len(found) == 1 or time.perf_counter() - started < seconds:
+        found.append(generation())
+    firsts, wholes, ids = zip(*found[1:], strict=True)
     return {
         "batch": rows,
-        "first_seconds": first,
-        "seconds": whole,
-        "process_peak_bytes": peak,
-        "ids": ids,
+        "first_seconds": statistics.median(firsts),
+        "seconds": statistics.median(wholes),
+        "repeats": len(wholes),
+        "process_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "ids": ids[-1],
     }
 
 
 def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """A turn of transformers: a generation for each batch size."""
+    """A turn of transformers: generations at each batch size."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,31 +118,32 @@ def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict
     turns = []
     for rows in case["batch"]:
         ids_BT = torch.tensor(prompts(config, rows, case["prompt"]), device=device)
-        run(ids_BT, 3)
-        first, _ = run(ids_BT, 1)
-        turns.append(turn(rows, first, *run(ids_BT, case["new"])))
+
+        def generation(ids_BT=ids_BT):
+            return run(ids_BT, 1)[0], *run(ids_BT, case["new"])
+
+        turns.append(timed(rows, case["repeat_seconds"], generation))
     return turns
 
 
 def ours(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our turn: a generation for each batch size."""
+    """Our turn: generations at each batch size."""
     found, unread = huggingface.open_folder(folder)
     assert found == config
     # Weight by weight, so that no second copy of the model is there beside what is computed with.
     weights = jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf), case["dtype"]), unread)
 
+    def run(starts):
+        start, first, ids = time.perf_counter(), 0.0, [[] for _ in starts]
+        for chunk in stream(config, weights, starts, max_tokens=case["new"], eos=None):
+            first = first or time.perf_counter() - start
+            ids = [a + b for a, b in zip(ids, chunk, strict=True)]
+        return first, time.perf_counter() - start, ids
+
     turns = []
     for rows in case["batch"]:
         starts = prompts(config, rows, case["prompt"])
-        for chunks_of_warm_up in (2, None):
-            start, first, ids = time.perf_counter(), 0.0, [[] for _ in starts]
-            chunks = stream(config, weights, starts, max_tokens=case["new"], eos=None)
-            for index, chunk in enumerate(chunks):
-                first = first or time.perf_counter() - start
-                ids = [a + b for a, b in zip(ids, chunk, strict=True)]
-                if index + 1 == chunks_of_warm_up:
-                    break
-        turns.append(turn(rows, first, time.perf_counter() - start, ids))
+        turns.append(timed(rows, case["repeat_seconds"], lambda starts=starts: run(starts)))
     return turns
 
 
@@ -267,6 +279,7 @@ def main(options: Options) -> int:
     for name in models:
         new = options.new or (NEW["demo"] if on_gpu else NEW[name])
         case = {"dtype": dtype, "batch": options.batch, "prompt": options.prompt, "new": new}
+        case["repeat_seconds"] = 0 if options.quick else SECONDS
         turns += measure(name, case, options.rounds, run)
     report(turns, at_hand, options)
     same = all(found["same_tokens"] == 1 for found in turns)

@@ -370,7 +370,7 @@ def test_generation_is_compared_with_transformers(scripts, tmp_path, capsys, mon
     # Another text ends in exit code 1.
     monkeypatch.setattr(generation, "save_random", lambda config, folder: None)
     for last, side in enumerate(generation.SIDES):
-        made = [generation.turn(1, 1.0, 2.0, [[7, last]])]
+        made = [generation.timed(1, 0, lambda ids=last: (1.0, 2.0, [[7, ids]]))]
         monkeypatch.setitem(generation.SIDES, side, lambda *_, made=made: list(map(dict, made)))
     assert generation.main(generation.Options(quick=True, batch=(1,))) == 1
     assert "The texts differ" in capsys.readouterr().err
