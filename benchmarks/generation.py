@@ -201,12 +201,12 @@ COLUMNS += ("held, GB",)
 
 
 def cells(found: dict[str, Any], copy: float) -> list[str]:
-    speed = found["step_bytes"] / found["step_seconds"]
+    speed, first = found["step_bytes"] / found["step_seconds"], 1e3 * found["first_seconds"]
     return [
         found["model"],
         str(found["batch"]),
         found["side"],
-        f"{1e3 * found['first_seconds']:,.1f}",
+        f"{first:,.{1 if first < 100 else 0}f}",
         f"{1e3 * found['step_seconds']:,.2f}",
         f"{found['tokens_per_s']:,.1f}",
         f"{speed / 1e9:,.2f}",
