@@ -82,13 +82,13 @@ def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -
     lines = [
         *legend(found),
         f"Model {model}, {spec['rows']} rows a step, {spec['micro_rows']} at a time, {how}.",
-        f"![the same as bars]({out.with_suffix('.png').name})",
+        f"![the same as bars]({out.name}.png)",
     ]
     rows = cells(found)
     table = [list(COLUMNS[: len(rows[0])]), *rows]
     facts = found.to_json() | {"spec": spec}
     running.write_results(out, found.device, title(found), lines, table, facts)
-    picture = out.with_suffix(".png")
+    picture = running.suffixed(out, ".png")
     draw(found, aside_name(picture))
     aside_name(picture).rename(picture)
 

@@ -66,14 +66,15 @@ def copy_speeds(size: int, seconds: float) -> list[float]:
     # In place: on a CPU a new array is new pages, and finding them takes longer than copying.
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.block_until_ready(add(add(jnp.zeros(size // 4, jnp.float32))))
+    start = time.perf_counter()
+    x = jax.block_until_ready(add(x))
+    calls = max(SETS, int(seconds / (time.perf_counter() - start)))
     found = []
     for _ in range(ROUNDS):
-        start, calls = time.perf_counter(), 0
-        while not calls or time.perf_counter() - start < seconds:
-            for _ in range(SETS):
-                x = add(x)
-            jax.block_until_ready(x)
-            calls += SETS
+        start = time.perf_counter()
+        for _ in range(calls):
+            x = add(x)
+        jax.block_until_ready(x)
         found.append(2 * size * calls / (time.perf_counter() - start))
     return sorted(found)
 

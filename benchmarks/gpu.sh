@@ -21,10 +21,10 @@ fi
 
 code=0
 timeout 60 "$PYTHON" benchmarks/ceilings.py --out "$logs/ceilings.md" 2>"$logs/ceilings.log" || code=1
-timeout 110 "$PYTHON" benchmarks/breakdown.py --model "${MODEL:-1b}" --attention pallas \
+timeout 150 "$PYTHON" benchmarks/breakdown.py --model "${MODEL:-1b}" --attention pallas \
   2>"$logs/breakdown.log" || code=1
 # A system that is begun in time may take 90 seconds more.
-timeout 365 "$PYTHON" benchmarks/training.py --model "${MODEL:-1b}" --seconds 270 \
+timeout 325 "$PYTHON" benchmarks/training.py --model "${MODEL:-1b}" --seconds 230 \
   2>"$logs/training.log" || code=1
 [ "$code" = 0 ] || tail -n 25 "$logs"/*.log
 if [ -n "${OUT:-}" ]; then

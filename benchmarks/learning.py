@@ -14,6 +14,7 @@ results/; exit code 1 says that it learns something else.
 
 import dataclasses
 import datetime
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -26,9 +27,11 @@ import running
 from tinyllama_jax.config import (
     LlamaConfig,
     OptimizerConfig,
+    UserError,
     aside_name,
     make_folder,
     require,
+    write_aside,
 )
 from tinyllama_jax.training.flops import PEAK_FLOPS, flops_per_token
 
@@ -234,7 +237,7 @@ def draw(losses: Losses, title: str, path: Path) -> None:
 
 
 def measure(options: Options, spec: running.Spec) -> dict[tuple[str, int], dict[str, Any]]:
-    """What each run found, by system and seed."""
+    """What each run found, by system and seed; one with a `failure` is the last."""
     found, started = {}, time.monotonic()
     temporary = tempfile.TemporaryDirectory(prefix="learning-")
     with temporary as folder, Console(stderr=True).status("rows and weights") as status:
@@ -254,9 +257,10 @@ def measure(options: Options, spec: running.Spec) -> dict[tuple[str, int], dict[
                 asked = spec | {"whose": system, "seed": seed, "options": spec[system]}
                 left = options.seconds - (time.monotonic() - started)
                 row = running.in_own_process(__file__, asked, max(left, 0), caches)
-                require("failure" not in row, f"{system}, seed {seed}: {row.get('failure')}")
-                status.console.print(f"{system}, seed {seed}: {sum(row['seconds']):.0f} s of steps")
                 found[system, seed] = row | made
+                if "failure" in row:
+                    return found
+                status.console.print(f"{system}, seed {seed}: {sum(row['seconds']):.0f} s of steps")
     return found
 
 
@@ -309,18 +313,23 @@ def main(options: Options) -> int:
             f"{SHARE_OF_PEAK:.0%} of the peak, and four starts.",
             flush=True,
         )
-    found = measure(options, spec)
+    found, out = measure(options, spec), options.out
+    if out is None and not options.quick:
+        out = running.results_path("learning", device)
+    runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
+    name, last = list(runs.items())[-1]
+    if "failure" in last:
+        if out is not None:
+            make_folder(out.parent)
+            write_aside(running.suffixed(out, ".json"), json.dumps({"runs": runs}, indent=1) + "\n")
+        raise UserError(f"{name}: {last['failure']}. Nothing is judged; losses so far are kept.")
     losses = {key: row["losses"] for key, row in found.items()}
     title = f"Learning on {device}, {datetime.date.today().isoformat()}"
     table, legend = rows_of(losses), legend_of(options, model, spec, found)
     running.show(title, table, legend)
     halves = judge(losses)
-    out = options.out
-    if out is None and not options.quick:
-        out = running.results_path("learning", device)
     if out is not None:
-        draw(losses, title, out.with_suffix(".png"))
-        runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
+        draw(losses, title, running.suffixed(out, ".png"))
         facts = {"same": same(halves), "apart_in_halves": halves, "runs": runs}
         curve = f"![Smoothed losses]({out.name}.png)"
         running.write_results(out, device, title, [*legend, "", curve, ""], table, facts)

@@ -80,7 +80,11 @@ def in_own_process(
     asked = json.dumps(spec | {"begun": time.time()})
     command = [sys.executable, script, "--worker", asked]
     # JAX would take most of the memory at once, and say nothing of how much it needs.
-    changed = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
+    changed = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    changed |= {
+        "JAX_TRACEBACK_FILTERING": "off"
+    }  # or the last line of an error is about the filter
+    changed |= environment or {}
     given = {name: value for name, value in changed.items() if value is not None}
     try:
         shown = subprocess.run(command, env=given, capture_output=True, text=True, timeout=seconds)
@@ -127,6 +131,11 @@ def results_path(name: str, device: str) -> Path:
     return REPOSITORY / "benchmarks" / "results" / f"{date}-{name}-{device.replace(' ', '-')}"
 
 
+def suffixed(out: Path, suffix: str) -> Path:
+    """The path with a suffix more, whatever dots are in its name."""
+    return out.with_name(out.name + suffix)
+
+
 def show(title: str, table: list[list[str]], lines: list[str]) -> None:
     """Prints the table, headings first, and lines below it; headings break after a comma."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -149,13 +158,13 @@ def write_results(
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     make_folder(out.parent)
     told = {"device": device, "versions": versions(), "commit": commit} | facts
-    write_aside(out.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
+    write_aside(suffixed(out, ".json"), json.dumps(told, indent=1) + "\n")
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     head, *rows = table
     lines = [f"# {title}", "", *legend, f"Commit {commit}, {known}.", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(row + [''] * (len(head) - len(row)))} |" for row in rows]
-    write_aside(out.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_aside(suffixed(out, ".md"), "\n".join(lines) + "\n")
 
 
 def command(

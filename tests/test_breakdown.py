@@ -90,7 +90,8 @@ HloModule jit_step, is_scheduled=true
 %graph (q.1: bf16[8,4], q.2: bf16[4,2]) -> bf16[8,2] {
   %q.1 = bf16[8,4]{1,0} parameter(0)
   %q.2 = bf16[4,2]{1,0} parameter(1)
-  ROOT %gemm = bf16[8,2]{1,0} fusion(%q.1, %q.2), kind=kCustom, calls=%fused, metadata={op_name="a"}
+  %gemm = bf16[8,2]{1,0} fusion(%q.1, %q.2), kind=kCustom, calls=%fused, metadata={op_name="a"}
+  ROOT %neg = bf16[8,2]{1,0} negate(%gemm), metadata={op_name="jit(step)/neg"}
 }
 
 ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> bf16[8,2] {
@@ -119,6 +120,7 @@ def test_a_program_is_read_through_its_graphs():
     assert kinds == {
         "dot.1": "matmul",
         "gemm": "matmul",
+        "neg": "memory",
         "mha": "attention",
         "mul.1": "optimizer",
         "mul.2": "memory",
@@ -127,9 +129,10 @@ def test_a_program_is_read_through_its_graphs():
     program = read_program(compiled)
     assert program.matmul_flops == 2 * 8 * 4 * 2
     assert program.optimizer_bytes == 3 * 2 * 8 * 2
-    assert program.other_bytes == 2 * program.optimizer_bytes
+    assert program.other_bytes == 2 * program.optimizer_bytes + 2 * 2 * 8 * 2
     moved = program.optimizer_bytes
     assert read_traffic(compiled) == [
+        ("jit(step)/neg", 2 * 2 * 8 * 2),
         ("jit(step)/optimizer/mul", moved),
         ("state['optimizer']", moved),
     ]

@@ -12,7 +12,7 @@ import pytest
 from conftest import GOLDEN
 from test_loop import losses, stop_at
 from tinyllama_jax.config import BatchStageConfig, UserError
-from tinyllama_jax.training import loop
+from tinyllama_jax.training import loop, trace
 from tinyllama_jax.training.breakdown import Event
 from tinyllama_jax.training.trace import parse_steps, read_trace
 
@@ -59,6 +59,16 @@ def test_a_traced_run_says_where_its_steps_went_and_is_the_same_run(
 
     recorded = json.loads((GOLDEN / "losses.json").read_text())
     np.testing.assert_allclose(list(losses(config).values()), recorded, rtol=2e-4)
+
+
+def test_a_trace_that_fails_is_said_and_the_run_goes_on(config, mesh, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trace, "write", full)
+    assert loop.run(config, mesh, "3:4")
+    assert "NOTHING IS TRACED: OSError: [Errno 28] No space" in capsys.readouterr().out
+    assert not list(Path(config.run_folder).glob("*profile*"))
 
 
 def test_a_cut_trace_leaves_nothing_and_the_same_command_goes_on(config, mesh, monkeypatch, capsys):

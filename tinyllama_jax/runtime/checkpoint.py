@@ -332,13 +332,13 @@ class Checkpoints:
         """Makes one sentence of whatever a damaged checkpoint lets its readers raise."""
         try:
             yield
-        except UserError:
+        except (UserError, MemoryError):
             raise
         except Exception as error:  # TensorStore's, Orbax's and JSON's share no class
             others = [other for other in self.steps() if other != step]
             raise UserError(
-                f"Checkpoint {step} of {self.folder} is damaged "
-                f"({str(error).splitlines()[0][:200]}): take another of {others}."
+                f"Checkpoint {step} of {self.folder} cannot be read, or is damaged "
+                f"({_first_line(error)}): take another of {others}."
             ) from error
 
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
@@ -371,8 +371,7 @@ class Checkpoints:
         except Exception as error:  # TensorStore's and Orbax's own errors share no class
             raise UserError(
                 f"Checkpoint {step} of {self.folder} could not be written "
-                f"({str(error).splitlines()[0][:200]}): see to the disk and run the same command "
-                "again."
+                f"({_first_line(error)}): see to the disk and run the same command again."
             ) from error
         if not processes.is_first():
             return
@@ -425,6 +424,10 @@ def _chunks(tree: Any) -> Any:
 
     found = [args(path, leaf) for path, leaf in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _describe(array: tuple[tuple[int, ...], str] | None) -> str:

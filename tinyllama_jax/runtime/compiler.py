@@ -58,11 +58,16 @@ def keep_programs(mesh: Mesh) -> None:
     # first alone write: where they see no folder in common, it would find a program that the others
     # have to compile, and XLA has them wait for kernels that it measures.
     alone, named = jax.process_count() == 1, "JAX_COMPILATION_CACHE_DIR" in os.environ
-    if mesh.devices.flat[0].platform == "cpu" or not alone or named:
+    if mesh.devices.flat[0].platform == "cpu" or not (alone or named):
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama-jax"
-    with contextlib.suppress(OSError):  # where there is no place for it, all is compiled each time
+    # Small programs too: their kernels are measured as well.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if named:
+        return
+    # Where there is no place for it, or no home, all is compiled each time.
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama-jax"
         # Programs are run as they lie there, so nobody else may write them.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

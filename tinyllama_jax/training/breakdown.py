@@ -127,6 +127,8 @@ def roofline_by_kind(
 ) -> dict[str, float]:
     """Seconds of a step at the least; empty for a device that is no card of `CARDS`.
 
+    Attention has none where documents are masked: what it takes hangs on their lengths.
+
     Args:
       compiled: the step.
       config: the run.
@@ -137,4 +139,7 @@ def roofline_by_kind(
     if target is None:
         return {}
     work = roofline.work_of_program(read_program(compiled), config, tokens)
-    return roofline.seconds_by_kind(work, target)
+    least = roofline.seconds_by_kind(work, target)
+    if config.data.mask_documents:
+        del least["attention"]
+    return least

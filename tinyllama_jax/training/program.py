@@ -203,6 +203,8 @@ class _Schedule:
             if instruction.opcode == "while":
                 body, trips = _loop(instruction)
                 yield from self.collectives(body, times * trips)
+            if instruction.opcode == "call":
+                yield from self.collectives(_called(instruction), times)
             if kind not in COLLECTIVES:
                 continue
             asynchronous = kind != instruction.opcode
@@ -233,6 +235,8 @@ class _Schedule:
             if instruction.opcode == "while":
                 body, trips = _loop(instruction)
                 yield from self.traffic(body, times * trips)
+            elif instruction.opcode == "call":
+                yield from self.traffic(_called(instruction), times)
             elif self.kind(instruction) in ("memory", "optimizer"):
                 name = instruction.attribute(r'op_name="([^"]*)"') or instruction.opcode
                 yield name, times * self._traffic(computation, instruction)
@@ -277,10 +281,8 @@ class _Schedule:
         if instruction.opcode == "while":
             body, trips = _loop(instruction)
             return self.work(body) * trips
-        if instruction.opcode == "call":  # of what the driver is given as one graph
-            called = instruction.attribute(r"to_apply=%?([\w.-]+)")
-            assert called is not None
-            return self.work(called)
+        if instruction.opcode == "call":
+            return self.work(_called(instruction))
         match self.kind(instruction):
             case "matmul":
                 return _Work(matmul_flops=self._matmul_flops(computation, instruction))
@@ -382,6 +384,13 @@ def _written(inside: dict[str, _Instruction], result: _Instruction) -> int:
     if update.opcode == "dynamic-update-slice":
         return inside[update.operands[1]].bytes
     return 0 if result.opcode == "parameter" else result.bytes
+
+
+def _called(instruction: _Instruction) -> str:
+    """The computation of a call: what the driver is given as one graph."""
+    called = instruction.attribute(r"to_apply=%?([\w.-]+)")
+    assert called is not None
+    return called
 
 
 def _loop(instruction: _Instruction) -> tuple[str, int]:

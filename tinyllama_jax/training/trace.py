@@ -111,6 +111,13 @@ class Profiler:
         if not processes.is_first():
             return None
         jax.block_until_ready(state)
+        try:
+            return self._read(compiled, batch)
+        except Exception as error:  # a run of months does not end because of its trace
+            self._say(f"NOTHING IS TRACED: {type(error).__name__}: {error}")
+            return None
+
+    def _read(self, compiled: jax.stages.Compiled, batch) -> Breakdown | None:
         self._running.close()
         program, kinds = read_kinds(compiled)
         (file,) = self._aside.rglob("*.xplane.pb")
@@ -193,12 +200,14 @@ def _on_first_cpu(host: list[_Line]) -> list[_Line]:
     were done; numbers lead from the one to the other.
     """
     done = [line for line in host if "hlo_op" in line.facts]
-    first = min((line.facts["device_ordinal"] for line in done), default=0)
-    ends = {(line.facts.get("_ct"), line.facts.get("_c")): line.end for line in host}
+    first = min((line.facts.get("device_ordinal", 0) for line in done), default=0)
+    ends = {
+        (line.facts.get("_ct"), line.facts["_c"]): line.end for line in host if "_c" in line.facts
+    }
     return [
         line._replace(end=max(line.end, ends.get((line.facts.get("_pt"), line.facts.get("_p")), 0)))
         for line in done
-        if line.facts["device_ordinal"] == first
+        if line.facts.get("device_ordinal", 0) == first
     ]
 
 
