@@ -1,6 +1,7 @@
 """The training step on this device: ours by its variants, beside PyTorch's, in one call.
 
     python benchmarks/training.py                 # on a GPU the 1.1B, on a CPU the demo's model
+    python benchmarks/training.py --variants      # ours alone, by all that may make it faster
     python benchmarks/training.py --quick         # a tiny model, which times nothing of worth
 
 Each system trains in a process of its own on the same random tokens, one after the other, and ours
@@ -17,6 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 
@@ -42,22 +44,36 @@ class System:
     micro_rows: int
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ExecutionConfig, or arguments of torch_peer's Trainer."""
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of XLA, besides those of runtime/compiler.py."""
 
     def __str__(self):
-        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        said = (self.options | self.flags).items()
+        options = ", ".join(f"{name} {value!s:.12}" for name, value in said)
         return f"{self.whose}, {self.micro_rows} rows" + (f", {options}" if options else "")
 
 
-def gpu_systems(rows: int = 16) -> list[System]:
-    """In the order in which they run: ours first, between and last, then its other variants."""
+def gpu_systems(rows: int = 16, variants: bool = False) -> list[System]:
+    """In the order in which they run: ours first, between the peers or its variants, and last."""
 
-    def ours(micro_rows: int = rows, **options) -> System:
+    def ours(micro_rows: int = rows, flags: dict[str, Any] | None = None, **options) -> System:
         defaults = {"recompute": "elementwise", "unroll_layers": True, "attention": "pallas"}
-        return System("tinyllama_jax", "bfloat16", micro_rows, defaults | options)
+        return System("tinyllama_jax", "bfloat16", micro_rows, defaults | options, flags or {})
 
     def peer(attention: str, whose: str = "torch") -> System:
         return System(whose, "bfloat16", rows, {"attention": attention})
 
+    if variants:
+        return [
+            ours(),
+            ours(2 * rows),
+            ours(recompute="nothing", attention="cudnn"),
+            ours(flags={"xla_gpu_enable_triton_gemm": False}),
+            ours(),
+            ours(attention="triton"),
+            ours(unroll_layers=False),
+            ours(),
+        ]
     return [
         ours(),
         peer("cudnn"),
@@ -65,10 +81,6 @@ def gpu_systems(rows: int = 16) -> list[System]:
         peer("flash"),
         peer("auto", "torch transformers"),
         ours(),
-        ours(recompute="nothing", attention="cudnn"),
-        ours(2 * rows),
-        ours(attention="triton"),
-        ours(unroll_layers=False),
     ]
 
 
@@ -90,9 +102,11 @@ class Options:
     """Of a GPU."""
     seconds: float = 420
     """No system begins after this long."""
+    variants: bool = False
     quick: bool = False
     out: Path | None = None
-    """Where the results go, without suffix; benchmarks/results/DATE-training-DEVICE by default."""
+    """Where the results go, without suffix; benchmarks/results/DATE-training-DEVICE by default, and
+    DATE-variants-DEVICE."""
 
 
 def token_batches(spec: dict[str, Any]):
@@ -109,10 +123,12 @@ def token_batches(spec: dict[str, Any]):
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import ours
+    from tinyllama_jax.runtime import compiler
     from tinyllama_jax.training.breakdown import roofline_by_kind
 
     config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
-    found, _, program = ours.train(config, token_batches(spec), spec["begun"])
+    with mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"]):
+        found, _, program = ours.train(config, token_batches(spec), spec["begun"])
     found["seconds"] = found["seconds"][WARMUP:]
     tokens = spec["rows"] * config.model.context
     if spec["predict"]:
@@ -158,10 +174,11 @@ def measure(systems: list[System], model: str, options: Options) -> list[dict[st
         for system in systems:
             left = options.seconds - (time.monotonic() - started)
             spec = running.spec_of(model, rows, system.precision, options.steps, system.micro_rows)
-            spec |= {"whose": system.whose, "options": system.options}
+            spec |= {"whose": system.whose, "options": system.options, "flags": system.flags}
             spec["predict"] = str(system) not in predicted
             row = {"system": system.whose, "name": str(system), "precision": system.precision}
             row |= {"micro_rows": system.micro_rows, "options": system.options}
+            row["flags"] = system.flags
             status.update(str(system))
             if left < 0:
                 row["failure"] = "no time left"
@@ -264,7 +281,8 @@ def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
 
     out = options.out
     if out is None and not options.quick:
-        out = running.results_path(f"training-{model}", device)
+        name = "variants" if options.variants else "training"
+        out = running.results_path(f"{name}-{model}", device)
     if out is not None:
         table = [list(COLUMNS), *map(cells, rows)]
         running.write_results(out, device, title, legend, table, {"steps": rows})
@@ -275,7 +293,8 @@ def main(options: Options) -> int:
     model = "tiny" if options.quick else options.model or ("1b" if on_gpu else "demo")
     require(model in MODELS, f"--model is {model!r}: {', '.join(MODELS)} are there.")
     rows = 4 if options.quick else options.micro_rows if on_gpu else ROWS[model]
-    systems = gpu_systems(rows) if on_gpu else cpu_systems(rows)
+    require(on_gpu or not options.variants, "--variants are those of a GPU, and there is none.")
+    systems = gpu_systems(rows, options.variants) if on_gpu else cpu_systems(rows)
     report(measure(systems, model, options), model, options)
     return 0
 

@@ -181,7 +181,8 @@ def one_thread():
 def ours_of(scripts, model, rows: int, **options):
     """A `running.Spec` of ours in fp32, in micro-batches of four rows."""
     spec = scripts("running").spec_of("tiny", rows, "float32", 2, micro_rows=4)
-    spec |= {"whose": "tinyllama_jax", "options": options, "predict": True, "begun": time.time()}
+    spec |= {"whose": "tinyllama_jax", "options": options, "flags": {}, "predict": True}
+    spec |= {"begun": time.time()}
     return spec | {"model": dataclasses.asdict(model)}
 
 
