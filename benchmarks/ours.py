@@ -10,6 +10,7 @@ import numpy as np
 from tinyllama_jax.config import Config, DataConfig, ExecutionConfig, LlamaConfig, OptimizerConfig
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.model.llama import Weights
+from tinyllama_jax.runtime.allocator import keep_memory
 from tinyllama_jax.runtime.compiler import keep_programs
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.step import (
@@ -58,6 +59,7 @@ def train(
       begun: time.time() when the process was started.
       weights: to begin with, as `init_weights` gives them; by default those of `config.seed`.
     """
+    keep_memory()
     mesh, seconds, losses = make_mesh(devices=jax.devices()[:1]), [], []
     keep_programs(mesh)
     program, compile_seconds, first = None, 0.0, 0.0

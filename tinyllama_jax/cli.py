@@ -42,10 +42,11 @@ def train(argv: Sequence[str], devices: int | None = None) -> int:
         prog=f"tinyllama train {argv[0]}",
         description=Config.__doc__,
     )
-    from tinyllama_jax.runtime import processes
+    from tinyllama_jax.runtime import allocator, processes
     from tinyllama_jax.runtime.mesh import make_mesh
     from tinyllama_jax.training.loop import Diverged, run
 
+    allocator.keep_memory()
     with processes.joined(options.launch, devices):
         mesh = make_mesh(options.launch.data_axis)
         _say_if_gpu_idle()
