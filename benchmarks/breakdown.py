@@ -19,6 +19,7 @@ import ours
 import running
 from tinyllama_jax.config import AttentionBackend, aside_name, require
 from tinyllama_jax.data.boundaries import loss_weights
+from tinyllama_jax.runtime.allocator import keep_memory
 from tinyllama_jax.runtime.compiler import keep_programs
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.breakdown import Breakdown
@@ -55,6 +56,7 @@ def spec_of(model: str, on_gpu: bool, options: Options) -> running.Spec:
 
 def measure(spec: running.Spec, folder: Path) -> Breakdown:
     """Trains, and traces the last steps into a folder."""
+    keep_memory()
     config, mesh = ours.config_of(spec, OPTIMIZER, SCHEDULED), make_mesh(devices=jax.devices()[:1])
     keep_programs(mesh)
     steps = range(WARMUP + 1, WARMUP + spec["steps"] + 1)
