@@ -56,7 +56,6 @@ def spec_of(model: str, on_gpu: bool, options: Options) -> running.Spec:
 
 def measure(spec: running.Spec, folder: Path) -> Breakdown:
     """Trains, and traces the last steps into a folder."""
-    keep_memory()
     config, mesh = ours.config_of(spec, OPTIMIZER, SCHEDULED), make_mesh(devices=jax.devices()[:1])
     keep_programs(mesh)
     steps = range(WARMUP + 1, WARMUP + spec["steps"] + 1)
@@ -96,6 +95,7 @@ def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -
 
 
 def main(options: Options) -> int:
+    keep_memory()  # before JAX starts threads
     on_gpu = jax.default_backend() == "gpu"
     model = "tiny" if options.quick else options.model or ("1b" if on_gpu else "demo")
     require(model in ROWS, f"--model is {model!r}: {', '.join(ROWS)} are there.")
