@@ -74,9 +74,7 @@ def measure(spec: running.Spec, folder: Path) -> Breakdown:
 
 def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -> None:
     Console().print(render(found))
-    out = options.out
-    if out is None and not options.quick:
-        out = running.results_path(f"breakdown-{model}", found.device)
+    out = running.results_path(options, f"breakdown-{model}", found.device)
     if out is None:
         return
     how = ", ".join(f"{name} {value}" for name, value in spec["options"].items())

@@ -255,9 +255,7 @@ def report(turns: list[dict[str, Any]], at_hand: dict[str, Any], options: Option
     title = f"Generation on {kind}, {datetime.date.today().isoformat()}"
     table = [list(COLUMNS), *(cells(found, copy) for found in turns)]
     running.show(title, table, legend)
-    out = options.out
-    if out is None and not options.quick:
-        out = running.results_path("generation", kind)
+    out = running.results_path(options, "generation", kind)
     if out is not None:
         running.write_results(out, kind, title, legend, table, at_hand | {"turns": turns})
 

@@ -313,9 +313,7 @@ def main(options: Options) -> int:
             f"{SHARE_OF_PEAK:.0%} of the peak, and four starts.",
             flush=True,
         )
-    found, out = measure(options, spec), options.out
-    if out is None and not options.quick:
-        out = running.results_path("learning", device)
+    found, out = measure(options, spec), running.results_path(options, "learning", device)
     runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
     name, last = list(runs.items())[-1]
     if "failure" in last:

@@ -30,9 +30,7 @@ class Trained(NamedTuple):
     program: jax.stages.Compiled
 
 
-def config_of(
-    spec: dict[str, Any], optimizer: OptimizerConfig, steps: int, seed: int = 0
-) -> Config:
+def config_of(spec: dict[str, Any], optimizer: OptimizerConfig, steps: int) -> Config:
     """The run that a `running.Spec` asks for; its learning rates are those of `steps` steps."""
     return Config(
         run_folder="",
@@ -42,7 +40,6 @@ def config_of(
         batch_rows=spec["rows"],
         micro_batches=spec["rows"] // spec["micro_rows"],
         compute_dtype=spec["precision"],
-        seed=seed,
         optimizer=optimizer,
         execution=ExecutionConfig(**spec["options"]),
     )

@@ -149,9 +149,7 @@ def main(options: Options) -> int:
     ]
     legend += [running.QUICK] * options.quick
     running.show(title, table, legend)
-    out = options.out
-    if out is None and not options.quick:
-        out = running.results_path(f"repeat-{model}", device)
+    out = running.results_path(options, f"repeat-{model}", device)
     if out is not None:
         facts = {"same_bits": not differ, "cost": cost, "runs": found}
         running.write_results(out, device, title, legend, table, facts)

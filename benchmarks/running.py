@@ -79,12 +79,10 @@ def in_own_process(
     """
     asked = json.dumps(spec | {"begun": time.time()})
     command = [sys.executable, script, "--worker", asked]
-    # JAX would take most of the memory at once, and say nothing of how much it needs.
-    changed = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    changed |= {
-        "JAX_TRACEBACK_FILTERING": "off"
-    }  # or the last line of an error is about the filter
-    changed |= environment or {}
+    # JAX would take most of the memory at once, and say nothing of how much it needs; and the last
+    # line of an error would be about what it filters.
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
+    changed = os.environ | own | (environment or {})
     given = {name: value for name, value in changed.items() if value is not None}
     try:
         shown = subprocess.run(command, env=given, capture_output=True, text=True, timeout=seconds)
@@ -125,8 +123,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def results_path(name: str, device: str) -> Path:
-    """benchmarks/results/DATE-NAME-DEVICE, without suffix."""
+def results_path(options: Any, name: str, device: str) -> Path | None:
+    """Where results go, without suffix: `options.out`, else benchmarks/results/DATE-NAME-DEVICE,
+    and nowhere with `options.quick`."""
+    if options.out is not None or options.quick:
+        return options.out
     date = datetime.date.today().isoformat()
     return REPOSITORY / "benchmarks" / "results" / f"{date}-{name}-{device.replace(' ', '-')}"
 

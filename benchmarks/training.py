@@ -279,10 +279,8 @@ def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
     title = f"The training step on {device}, {datetime.date.today().isoformat()}"
     show(rows, title, legend)
 
-    out = options.out
-    if out is None and not options.quick:
-        name = "variants" if options.variants else "training"
-        out = running.results_path(f"{name}-{model}", device)
+    name = "variants" if options.variants else "training"
+    out = running.results_path(options, f"{name}-{model}", device)
     if out is not None:
         table = [list(COLUMNS), *map(cells, rows)]
         running.write_results(out, device, title, legend, table, {"steps": rows})

@@ -23,6 +23,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a sentence of ours; its class where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents. Raises `UserError` where that cannot be."""
     try:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from sentencepiece import SentencePieceProcessor
 
-from tinyllama_jax.config import ExecutionConfig, LlamaConfig, UserError, require
+from tinyllama_jax.config import ExecutionConfig, LlamaConfig, UserError, first_line, require
 from tinyllama_jax.data.tokenizer import BOS, EOS
 from tinyllama_jax.inference.generate import GREEDY, Sampler, generate
 from tinyllama_jax.inference.scores import SUITES, TaskScores
@@ -402,7 +402,7 @@ def _load(manager: TaskManager, name: str) -> Mapping[str, Any]:
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"The data of task {name}, or its metric, is not here and cannot be had "
-            f"({_first_line(error)}): run the same where there is network, copy what that leaves "
+            f"({first_line(error)}): run the same where there is network, copy what that leaves "
             f"in {HF_CACHE_HOME} to this machine, and set HF_HOME to the copy."
         ) from error
 
@@ -427,7 +427,3 @@ def _check_task(task, model: LlamaConfig, code_is_allowed: bool) -> None:
 def code_allowed() -> bool:
     """Whether programs that a model writes may run here, by the switch of Hugging Face's metric."""
     return os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -31,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from tinyllama_jax.config import (
     CheckpointConfig,
     UserError,
+    first_line,
     make_folder,
     require,
     write_aside,
@@ -338,7 +339,7 @@ class Checkpoints:
             others = [other for other in self.steps() if other != step]
             raise UserError(
                 f"Checkpoint {step} of {self.folder} cannot be read, or is damaged "
-                f"({_first_line(error)}): take another of {others}."
+                f"({first_line(error)[:200]}): take another of {others}."
             ) from error
 
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
@@ -371,7 +372,7 @@ class Checkpoints:
         except Exception as error:  # TensorStore's and Orbax's own errors share no class
             raise UserError(
                 f"Checkpoint {step} of {self.folder} could not be written "
-                f"({_first_line(error)}): see to the disk and run the same command again."
+                f"({first_line(error)[:200]}): see to the disk and run the same command again."
             ) from error
         if not processes.is_first():
             return
@@ -424,10 +425,6 @@ def _chunks(tree: Any) -> Any:
 
     found = [args(path, leaf) for path, leaf in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _describe(array: tuple[tuple[int, ...], str] | None) -> str:
