@@ -1,8 +1,9 @@
 """Does it learn the same? Ours and PyTorch's from equal weights on equal batches, for 1,000 steps.
 
-    python benchmarks/learning.py                     # on a GPU the 120M, in bf16
+    python benchmarks/learning.py                     # on a GPU the 120M in bf16, in six minutes
+    python benchmarks/learning.py --seconds 3600      # on a CPU the demo's model in fp32
     python benchmarks/learning.py --data data/fineweb # rows of a prepared dataset
-    python benchmarks/learning.py --quick             # a tiny model for a few steps, on a CPU too
+    python benchmarks/learning.py --quick             # a tiny model, which says nothing
 
 Two seeds make two starting weights, and each system trains from both; all four runs read the same
 batches. Rows are the standard library of this Python in pieces of a tokenizer trained on it, so no
@@ -52,7 +53,8 @@ class Options:
     """For all runs together; none of them is judged where it does not suffice."""
     quick: bool = False
     out: Path | None = None
-    """Where the results go, without suffix; benchmarks/results/DATE-learning-DEVICE by default."""
+    """Where the results go, without suffix; benchmarks/results/DATE-learning-MODEL-DEVICE
+    by default."""
 
 
 def optimizer_of(steps: int) -> OptimizerConfig:
@@ -299,8 +301,8 @@ def legend_of(
 
 def main(options: Options) -> int:
     device = running.device_kind()
-    model, on_gpu = "tiny" if options.quick else "120m", device != "cpu"
-    require(on_gpu or options.quick, "There is no GPU here: --quick trains a tiny model on a CPU.")
+    on_gpu = device != "cpu"
+    model = "tiny" if options.quick else "120m" if on_gpu else "demo"
     config, steps = running.MODELS[model], options.steps
     precision = "bfloat16" if on_gpu else "float32"
     spec = running.spec_of(model, options.rows, precision, steps)
@@ -313,7 +315,7 @@ def main(options: Options) -> int:
             f"{SHARE_OF_PEAK:.0%} of the peak, and four starts.",
             flush=True,
         )
-    found, out = measure(options, spec), running.results_path(options, "learning", device)
+    found, out = measure(options, spec), running.results_path(options, f"learning-{model}", device)
     runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
     name, last = list(runs.items())[-1]
     if "failure" in last:
