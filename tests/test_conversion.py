@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -21,9 +22,10 @@ from test_huggingface import edit_json
 from test_warm_start import weights_of
 from tinyllama_jax.config import CheckpointConfig, UserError
 from tinyllama_jax.inference import conversion, huggingface, litgpt
+from tinyllama_jax.inference.generate import for_decoding, generate
 from tinyllama_jax.inference.gguf import export_gguf
 from tinyllama_jax.inference.safetensors_files import INDEX, split
-from tinyllama_jax.inference.tensors import tensors, unread_weights
+from tinyllama_jax.inference.tensors import Unread, tensors, unread_weights
 from tinyllama_jax.model.llama import abstract_weights
 from tinyllama_jax.runtime import checkpoint
 from tinyllama_jax.runtime.checkpoint import Checkpoints
@@ -305,7 +307,7 @@ def test_a_file_of_a_checkpoint_that_was_cut_off_is_said(hashed, source, tmp_pat
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_checkpoint_is_read_by_the_layer(devices, chunked, config, tmp_path, monkeypatch):
-    """And one whose weights lie in one chunk each, as they once did, a weight once."""
+    """And one whose weights lie in one chunk each, as they once did."""
     mesh = make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         state = init_state(config, mesh)
@@ -319,7 +321,28 @@ def test_a_checkpoint_is_read_by_the_layer(devices, chunked, config, tmp_path, m
         if path.startswith("blocks."):
             layers = [read(path, layer) for layer in range(SMALL.layers)]
             np.testing.assert_array_equal(layers, leaf)
-            assert np.shares_memory(read(path, 1), layers[1]) == (not chunked)
+
+
+def test_generation_reads_a_layer_of_a_weight_at_a_time(source):
+    """And makes no copy of what it was given so."""
+    model, reads = conversion.open_model(source), []
+
+    def watched(weight: Unread) -> Unread:
+        return Unread(weight.shape, lambda index: reads.append(index) or weight.read(index))
+
+    weights = jax.tree.map(watched, model.weights)
+    mesh = make_mesh()
+    ready = dataclasses.replace(model, weights=weights).for_decoding(mesh)
+    wanted = [*range(model.config.layers)] * len(weights["blocks"]) + [...] * 3
+    assert Counter(reads) == Counter(wanted)
+    with jax.set_mesh(mesh):
+        assert for_decoding(ready) is ready
+        stacked = jax.tree.map(np.asarray, model.weights)
+        found = [
+            generate(model.config, given, [[5, 9]], max_tokens=20, eos=None)
+            for given in (ready, stacked)
+        ]
+    assert found[0] == found[1]
 
 
 def test_a_damaged_checkpoint_stops_all_steps_before_the_first(source, tmp_path, capsys):

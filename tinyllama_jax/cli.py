@@ -372,30 +372,31 @@ def generate(
 
     require(bool(prompt) != bool(prompt_ids), "Give either --prompt TEXT or --prompt-ids 1 5 9.")
     require(all(stop), "--stop is empty: give a string, or leave it out.")
-    sampler = inference.Sampler(temperature, top_k, top_p)
-    config, weights = conversion.open_model(path).read()
+    model = conversion.open_model(path)
     # Ids alone need none.
     tokenizer = load_tokenizer(path / "tokenizer.model") if prompt or stop or not ids else None
     prompts = [tokenizer.encode(text) for text in prompt] if tokenizer else []
     prompts = prompts or [list(prompt_ids)]
-    room = config.context - max(map(len, prompts))
+    room = model.config.context - max(map(len, prompts))
     if 0 < room < max_tokens:
-        print(f"The context of {config.context} holds {room} new tokens.", file=sys.stderr)
+        print(f"The context of {model.config.context} holds {room} new tokens.", file=sys.stderr)
     options: dict[str, Any] = dict(
         max_tokens=max_tokens,
-        sampler=sampler,
+        sampler=inference.Sampler(temperature, top_k, top_p),
         seed=seed,
         eos=EOS,
         stop=make_stop(tokenizer, stop) if tokenizer else None,
     )
     # A device without a prompt would only need the weights too.
-    with jax.set_mesh(make_mesh(devices=jax.devices()[: len(prompts)])):
+    mesh = make_mesh(devices=jax.devices()[: len(prompts)])
+    weights = model.for_decoding(mesh)
+    with jax.set_mesh(mesh):
         if ids:
-            for new in inference.generate(config, weights, prompts, **options):
+            for new in inference.generate(model.config, weights, prompts, **options):
                 print(*new)
         else:
             assert tokenizer
-            chunks = inference.stream(config, weights, prompts, **options)
+            chunks = inference.stream(model.config, weights, prompts, **options)
             for part in as_they_come(tokenizer, prompts, chunks, stop):
                 print(part, end="", flush=True)
     return DONE
@@ -428,14 +429,13 @@ def evaluate(
 
     require(limit is None or limit > 0, "--limit must be above 0.")
     model = conversion.open_model(path, step)
-    config, weights = model.read()
     tokenizer = load_tokenizer(path / "tokenizer.model")
     mesh = make_mesh()
     dtype = auto_dtype(mesh)
     options: dict[str, Any] = dict(limit=limit, include_path=include_path)
-    asked = harness.Tasks(tasks, config, tokenizer, mesh, dtype, **options)
+    asked = harness.Tasks(tasks, model.config, tokenizer, mesh, dtype, **options)
     with jax.set_mesh(mesh):
-        found = asked.score(on_every_device(weights, mesh, dtype))
+        found = asked.score(on_every_device(model.weights, mesh, dtype))
     name = path.resolve().name
     if model.facts:  # of a run
         scores.write_results(path, model.facts.step, found, limit)

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from tinyllama_jax.config import LlamaConfig, UserError, require
 from tinyllama_jax.config_file import load_config, model_of_run
@@ -17,9 +16,10 @@ from tinyllama_jax.inference.gguf import export_gguf
 from tinyllama_jax.inference.huggingface import read_json
 from tinyllama_jax.inference.litgpt import open_litgpt
 from tinyllama_jax.inference.model_card import RunFacts
-from tinyllama_jax.inference.tensors import unread_weights
+from tinyllama_jax.inference.tensors import unread_layers, unread_weights
 from tinyllama_jax.model.llama import Weights, abstract_weights
 from tinyllama_jax.runtime.checkpoint import Checkpoints, is_run, open_checkpoint
+from tinyllama_jax.runtime.mesh import on_every_device
 
 TOLERANCE = 1e-3  # largest logit difference of `--check`, fp32 on both sides
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -34,9 +34,10 @@ class Model:
     tokenizer: Path
     facts: RunFacts | None
 
-    def read(self) -> tuple[LlamaConfig, Weights]:
-        """The config, and the weights as fp32 NumPy arrays. Raises `UserError` if damaged."""
-        return self.config, jax.tree.map(np.asarray, self.weights)
+    def for_decoding(self, mesh: Mesh) -> Weights:
+        """The weights as `generate` takes them without a copy: read layer by layer, in fp32, and
+        whole on each device. Raises `UserError` if they are damaged."""
+        return on_every_device(unread_layers(self.weights), mesh, "float32")
 
 
 def open_run(run: Path, step: int | None, metrics: Mapping[int, dict[str, Any]]) -> Model:

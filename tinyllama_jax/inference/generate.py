@@ -65,6 +65,7 @@ def generate(
     Args:
       config: the model.
       weights: in the dtype to compute in; whole or in parts over the mesh that is set, if one is.
+        Or as `for_decoding` gives them, which saves a copy of them where there are several calls.
       prompts: ids, at least one each.
       max_tokens: new tokens of a row at most; fewer where its text fills the context.
       sampler: how tokens are chosen.
@@ -133,7 +134,7 @@ def stream(
     )
     end = np.int32(-1 if eos is None else eos)
 
-    weights = _for_decoding(weights)
+    weights = for_decoding(weights)
     newest_B, texts = _begin(config, columns, weights, tokens_BT, lengths_B, how)
     new_BC, new, column = np.asarray(newest_B)[:, None], 1, T
     rows, open_B = [[] for _ in prompts], np.arange(B) < len(prompts)
@@ -193,6 +194,11 @@ def _extend(
 @jax.jit
 def _for_decoding(weights: llama.Weights) -> llama.Weights:
     return _everywhere(llama.for_decoding(weights))
+
+
+def for_decoding(weights: llama.Weights) -> llama.Weights:
+    """The weights as the two programs take them: a copy, unless they are so already."""
+    return weights if isinstance(weights["blocks"], list) else _for_decoding(weights)
 
 
 class _Texts(NamedTuple):

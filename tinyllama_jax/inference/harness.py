@@ -26,7 +26,7 @@ from sentencepiece import SentencePieceProcessor
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig, UserError, first_line, require
 from tinyllama_jax.data.tokenizer import BOS, EOS
-from tinyllama_jax.inference.generate import GREEDY, Sampler, generate
+from tinyllama_jax.inference.generate import GREEDY, Sampler, for_decoding, generate
 from tinyllama_jax.inference.scores import SUITES, TaskScores
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
@@ -193,6 +193,7 @@ class TinyLlamaLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
+        weights = for_decoding(weights)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         wishes = [read_wish(request.task_name, request.args[1]) for request in requests]
         alike = defaultdict(list)

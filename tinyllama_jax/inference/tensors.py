@@ -107,6 +107,18 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
+def unread_layers(weights: Weights) -> Weights:
+    """The same as `llama.for_decoding` has them: a list of blocks, each `Unread` by itself."""
+    blocks = weights["blocks"]
+
+    def layers(weight: Unread) -> list[Unread]:
+        count, *shape = weight.shape
+        return [Unread(tuple(shape), lambda _, i=i: weight[i]) for i in range(count)]
+
+    parts = zip(*map(layers, blocks.values()), strict=True)
+    return weights | {"blocks": [dict(zip(blocks, layer, strict=True)) for layer in parts]}
+
+
 def unread_tensors(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> Weights:
     """The same, fp32, from a `read` that is given Hugging Face's names and gives their tensors."""
     shapes = {path: leaf.shape for path, leaf in leaves(config).items()}

@@ -111,11 +111,15 @@ class Block(nnx.Module):
         """Queries, keys and values, rotated; what attention and a cache of it are made of."""
         with jax.named_scope("attention"):
             h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
-            # One product for the three, or the backward pass would add up three gradients of h.
             heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-            qkv_BTMH = dense(h_BTD, jnp.concatenate(heads, axis=1))
-            N, K = self.config.query_heads, self.config.kv_heads
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
+            if x_BTD.shape[1] == 1:
+                # To join them would copy the weights for one token.
+                q_BTNH, k_BTKH, v_BTKH = (dense(h_BTD, w_DNH) for w_DNH in heads)
+            else:
+                # One product for the three, or the backward pass would add up three gradients of h.
+                qkv_BTMH = dense(h_BTD, jnp.concatenate(heads, axis=1))
+                N, K = self.config.query_heads, self.config.kv_heads
+                q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
             return rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
 
     def above_attention(self, x_BTD, o_BTNH) -> jax.Array:

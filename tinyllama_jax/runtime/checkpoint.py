@@ -13,6 +13,7 @@ reads no part of an array, TensorStore does, which Orbax writes through.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -295,9 +296,7 @@ class Checkpoints:
     ) -> Callable[[str, Any], np.ndarray]:
         """What reads a part of a weight of a checkpoint, by its dotted path and an index.
 
-        The index is a layer, or `...` for the whole. In a checkpoint that keeps a weight of all
-        layers in one chunk, as they once did, asking for a layer reads the whole, which stays in
-        memory until another weight is asked for.
+        The index is a layer, or `...` for the whole.
 
         Raises:
           UserError: the checkpoint holds other weights, or is damaged; of the arrays only what is
@@ -310,21 +309,16 @@ class Checkpoints:
             # Orbax's readers, where they fail in this, leave a traceback behind on stderr.
             tensorstore.KvStore.open(store).result().list().result()
             self._compare(step, "weights", abstract_weights)
-        held: dict[str, np.ndarray] = {}
+
+        @functools.cache
+        def opened(path: str) -> tensorstore.TensorStore:
+            place = store | {"path": f"{path}/"}
+            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+            return tensorstore.open(spec, open=True, read=True).result()
 
         def read(path: str, index: Any) -> np.ndarray:
-            if path not in held:
-                held.clear()
             with self._said(step):
-                place = store | {"path": f"{path}/"}
-                spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
-                array = tensorstore.open(spec, open=True, read=True).result()
-                chunk = array.chunk_layout.read_chunk.shape
-                if index is ... or (chunk and chunk[0] == 1):
-                    return array[index].read().result()
-                if path not in held:
-                    held[path] = array.read().result()
-                return held[path][index]
+                return opened(path)[index].read().result()
 
         return read
 

@@ -134,10 +134,10 @@ def gather_axis(name: str, ndim: int) -> int:
 
 
 def on_every_device(tree: Any, mesh: Mesh, dtype) -> Any:
-    """The arrays of a tree in a dtype, whole on each device of the mesh."""
-    return jax.device_put(
-        jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree), NamedSharding(mesh, P())
-    )
+    """The arrays of a tree, read or not, in a dtype and whole on each device of the mesh."""
+    everywhere = NamedSharding(mesh, P())
+    # One after the other: of what lies on disk the host holds one array.
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, dtype), everywhere), tree)
 
 
 def batch_sharding(mesh: Mesh, rows_axis: int) -> NamedSharding:
