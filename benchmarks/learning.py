@@ -204,7 +204,9 @@ def rows_of(losses: Losses) -> list[list[str]]:
     head = ["step", *(f"{system}, seed {seed}" for system, seed in keys)]
     table = [[*head, "systems, apart", "seeds, apart"]]
     for step in sorted({max(steps * tenth // 10, window(steps)) for tenth in range(1, 11)}):
-        table.append([f"{step:,}", *(f"{curve[step - window(steps)]:.4f}" for curve in curves)])
+        *found, systems, seeds = (curve[step - window(steps)] for curve in curves)
+        losses_told = (f"{loss:.4f}" for loss in found)
+        table.append([f"{step:,}", *losses_told, f"{systems:.1e}", f"{seeds:.1e}"])
     return table
 
 
@@ -220,8 +222,10 @@ def draw(losses: Losses, title: str, path: Path) -> None:
     )
     for (system, seed), found in losses.items():
         steps = np.arange(window(len(found)), len(found) + 1)
-        style = "-" if system == SYSTEMS[0] else "--"
-        above.plot(steps, smoothed(found), style, color=f"C{seed}", label=f"{system}, seed {seed}")
+        # Where they are equal, ours is seen inside the other's wider line.
+        width, strength = (1, 1) if system == SYSTEMS[0] else (5, 0.3)
+        label = f"{system}, seed {seed}"
+        above.plot(steps, smoothed(found), color=f"C{seed}", lw=width, alpha=strength, label=label)
     for distances, name in zip(apart(losses), ("systems", "seeds"), strict=True):
         below.plot(steps, distances, label=f"{name} apart")
     above.set(title=title, ylabel="smoothed loss, nats a token")
@@ -278,7 +282,7 @@ def legend_of(
     legend = [
         "Smoothed losses are at most this far apart: "
         + "; ".join(
-            f"systems {systems:.4f}, seeds {seeds:.4f} in the {name} half"
+            f"systems {systems:.1e}, seeds {seeds:.1e} in the {name} half"
             for (systems, seeds), name in zip(halves, ("first", "second"), strict=True)
         )
         + (". It learns the same." if same(halves) else ". IT DOES NOT LEARN THE SAME."),
