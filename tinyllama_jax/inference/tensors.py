@@ -108,7 +108,7 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
 
 
 def unread_layers(weights: Weights) -> Weights:
-    """The same as `llama.for_decoding` has them: a list of blocks, each `Unread` by itself."""
+    """`Unread` weights as `llama.for_decoding` has them: a list of blocks, still unread."""
     blocks = weights["blocks"]
 
     def layers(weight: Unread) -> list[Unread]:
