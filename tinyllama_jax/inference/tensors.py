@@ -109,14 +109,12 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
 
 def unread_layers(weights: Weights) -> Weights:
     """`Unread` weights as `llama.for_decoding` has them: a list of blocks, still unread."""
-    blocks = weights["blocks"]
 
-    def layers(weight: Unread) -> list[Unread]:
+    def layers_of(weight: Unread) -> list[Unread]:
         count, *shape = weight.shape
         return [Unread(tuple(shape), lambda _, i=i: weight[i]) for i in range(count)]
 
-    parts = zip(*map(layers, blocks.values()), strict=True)
-    return weights | {"blocks": [dict(zip(blocks, layer, strict=True)) for layer in parts]}
+    return weights | {"blocks": llama.unstack(weights["blocks"], layers_of)}
 
 
 def unread_tensors(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> Weights:

@@ -7,7 +7,7 @@ multiply: `query_DNH`.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -331,9 +331,11 @@ def decode(
     return _logits(config, weights, x_B1D[:, 0]), Cache(tuple(keys), tuple(values), filled_BS)
 
 
-def unstack(blocks: Weights) -> list[Weights]:
-    """The weights of each block, from those with a leading layer axis."""
-    layers = zip(*map(jnp.unstack, blocks.values()), strict=True)
+def unstack(
+    blocks: Weights, layers_of: Callable[[Any], Sequence[Any]] = jnp.unstack
+) -> list[Weights]:
+    """The weights of each block, from those with a leading layer axis, which `layers_of` splits."""
+    layers = zip(*map(layers_of, blocks.values()), strict=True)
     return [dict(zip(blocks, layer, strict=True)) for layer in layers]
 
 
