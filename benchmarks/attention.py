@@ -11,37 +11,47 @@ a call is the turn's, from an idle device to an idle device, over the number of 
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 
+import running
 from report import TOLERANCE, Row, auto_rows, compare, tables
 from systems import OURS, SYSTEMS, Case, Inputs, Run
-from tinyllama_jax.config import UserError, make_folder, require
+from tinyllama_jax.config import make_folder, require, write_aside
 from tinyllama_jax.model.attention import CHIPS, attention, device_chip
 
-REPOSITORY = Path(__file__).parents[1]
 SETS = 3  # of inputs
 SHAPES = [(8, 2048, 32, 4, 64), (2, 8192, 32, 4, 64), (8, 2048, 16, 4, 128)]
 CASES = [Case(*shape, documents) for shape in SHAPES for documents in (False, True)]
 QUICK_SHAPE = {"cpu": (2, 64, 4, 2, 32), "gpu": (2, 700, 8, 2, 64)}
-PACKAGES = [
-    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "tokamax"),
-    *("torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    tune: bool = False
+    """Time tiles instead, and write the fastest ones into tinyllama_jax/model/tiles.py."""
+    quick: bool = False
+    """Tiny shapes and 2 rounds, for a look whether it runs; writes no file without `out`."""
+    rounds: int = 7
+    """Turns that each system gets."""
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+    """Which ones; with `tune`, pallas and triton count."""
+    out: Path | None = None
+    """Where the results go, without suffix; benchmarks/results/DATE-attention-CHIP by default."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of `tune`."""
+    head_widths: tuple[int, ...] = (32, 64, 128)
+    """Of `tune`."""
 
 
 def time_rounds(runs: dict, rounds: int, seconds: float) -> dict:
@@ -176,30 +186,15 @@ def measure(case: Case, names: list[str], rounds: int, seconds: float) -> list[R
     return list(rows.values())
 
 
-def environment() -> dict[str, Any]:
-    """What a number depends on besides the code."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    try:
-        git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
-    return {"device": jax.devices()[0].device_kind, "versions": versions, "commit": commit}
-
-
 def benchmark(names: list[str], quick: bool, rounds: int, out: Path | None) -> None:
     """Measures, prints and writes."""
     console = Console(width=None if sys.stdout.isatty() else 190)
-    facts = environment()
+    facts = {"device": jax.devices()[0].device_kind, "versions": running.versions()}
+    facts["commit"] = running.commit()
     on_cpu = jax.default_backend() != "gpu"
     shape = QUICK_SHAPE["cpu" if on_cpu else "gpu"]
     quick_cases = [Case(*shape, documents, mean_document=16) for documents in (False, True)]
-    title = f"Attention on {facts['device']}, jax {facts['versions'].get('jax')}"
+    title = f"Attention on {facts['device']}, jax {jax.__version__}"
     if on_cpu:
         title += ": a CPU and interpreted kernels, whose times say NOTHING about any GPU"
     rows = []
@@ -210,63 +205,40 @@ def benchmark(names: list[str], quick: bool, rounds: int, out: Path | None) -> N
         table, markdown = tables(rows, title)
         if out is not None:  # after each case: the next one may bring the process down
             write = {**facts, "rows": [dataclasses.asdict(row) for row in rows]}
-            out.with_suffix(".json").write_text(json.dumps(write, indent=1) + "\n")
-            out.with_suffix(".md").write_text(markdown)
+            write_aside(running.suffixed(out, ".json"), json.dumps(write, indent=1) + "\n")
+            write_aside(running.suffixed(out, ".md"), markdown)
     console.print(table)
     if not on_cpu and (lines := auto_rows(rows, device_chip())):
         console.print("By these times, rows for AUTO in tinyllama_jax/model/attention.py:")
         print("\n".join(lines))
     if out is not None:
-        console.print(f"Written: {out.with_suffix('.json')} and .md")
+        console.print(f"Written: {running.suffixed(out, '.json')} and .md")
 
 
-def main(
-    *,
-    tune: bool = False,
-    quick: bool = False,
-    rounds: int = 7,
-    systems: tuple[str, ...] = tuple(SYSTEMS),
-    out: Path | None = None,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    head_widths: tuple[int, ...] = (32, 64, 128),
-) -> None:
-    """Time attention, or find the fastest tiles of our kernels.
-
-    Args:
-      tune: Time tiles instead, and write the fastest ones into tinyllama_jax/model/tiles.py.
-      quick: Tiny shapes and 2 rounds, for a look whether it runs; writes no file without `out`.
-      rounds: Turns that each system gets.
-      systems: Which ones; with `tune`, pallas and triton count.
-      out: Where the results go, without suffix; benchmarks/results/DATE-attention-CHIP by default.
-      dtype: Of `tune`.
-      head_widths: Of `tune`.
-    """
-    for name in systems:
+def main(options: Options) -> int:
+    for name in options.systems:
         require(name in SYSTEMS, f"There is no system {name!r}: choose of {', '.join(SYSTEMS)}.")
     on_gpu = jax.default_backend() == "gpu"
     require(
-        on_gpu or (quick and not tune),
+        on_gpu or (options.quick and not options.tune),
         "There is no GPU here: without one there is --quick alone, which times nothing of worth.",
     )
-    if tune:
+    if options.tune:
         from tuning import tune_table
 
-        backends = [name for name in systems if name in OURS]
-        table = REPOSITORY / "tinyllama_jax" / "model" / "tiles.py"
-        return tune_table(table, backends, device_chip(), dtype, head_widths, time_rounds, quick)
-    if out is None and not quick:
-        kind = jax.devices()[0].device_kind
-        chip = next((name for name in CHIPS if name in kind), kind.replace(" ", "-"))
-        folder = REPOSITORY / "benchmarks" / "results"
-        out = folder / f"{datetime.date.today()}-attention-{chip}"
+        backends = [name for name in options.systems if name in OURS]
+        table = running.REPOSITORY / "tinyllama_jax" / "model" / "tiles.py"
+        widths, chip = options.head_widths, device_chip()
+        tune_table(table, backends, chip, options.dtype, widths, time_rounds, options.quick)
+        return 0
+    kind = jax.devices()[0].device_kind
+    chip = next((name for name in CHIPS if name in kind), kind)
+    out = running.results_path(options, "attention", chip)
     if out is not None:
         make_folder(out.parent)
-    benchmark(list(systems), quick, 2 if quick else rounds, out)
+    benchmark(list(options.systems), options.quick, 2 if options.quick else options.rounds, out)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        print(f"benchmarks/attention.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    running.command(Options, __doc__, main)

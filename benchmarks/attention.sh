@@ -6,18 +6,8 @@
 #   WIDTHS="32 64 128"  head widths to find tiles for, 64 by default
 #   PYTHON=...          python3 by default
 #   OUT=folder          also leaves logs, results and the new tiles.py there
-set -uo pipefail
-cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-logs=$(mktemp -d)
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda
+source "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 summary=()
-
-if compgen -G '.wheels/*.whl' >/dev/null; then
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --find-links .wheels \
-    --no-deps --upgrade --target "$logs/site" .wheels/*.whl || exit 1
-  export PYTHONPATH=$PYTHONPATH:$logs/site
-fi
 
 step() { # NAME SECONDS COMMAND...: keeps what it prints, shows the end of it, goes on after failures
   local name=$1 limit=$2 start=$SECONDS code=0
@@ -49,9 +39,7 @@ step benchmark 190 "$PYTHON" benchmarks/attention.py
 # shellcheck disable=SC2086
 step tune 90 "$PYTHON" benchmarks/attention.py --tune --head-widths ${WIDTHS:-64}
 
-if [ -n "${OUT:-}" ]; then
-  cp "$logs"/*.log benchmarks/results/*-attention-* tinyllama_jax/model/tiles.py "$OUT"
-fi
+leave benchmarks/results/*-attention-* tinyllama_jax/model/tiles.py
 echo
 grep -A 2 'documents: attention on' "$logs/tests.log"
 tail -n 3 "$logs/tests.log"

@@ -8,17 +8,7 @@
 #   VARIANTS=1    ours alone, by all that may make it faster: another call of under nine minutes
 #   PYTHON=...    python3 by default
 #   OUT=folder    also leaves logs and results there
-set -uo pipefail
-cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-logs=$(mktemp -d)
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda
-
-if compgen -G '.wheels/*.whl' >/dev/null; then
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --find-links .wheels \
-    --no-deps --upgrade --target "$logs/site" .wheels/*.whl || exit 1
-  export PYTHONPATH=$PYTHONPATH:$logs/site
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 run() { timeout "$1" "$PYTHON" "benchmarks/$2.py" "${@:3}" 2>"$logs/$2.log" || code=1; }
 
@@ -32,8 +22,5 @@ else
   run 325 training --model "$MODEL" --steps 6 --seconds 230
 fi
 [ "$code" = 0 ] || tail -n 25 "$logs"/*.log
-if [ -n "${OUT:-}" ]; then
-  shopt -s nullglob
-  cp "$logs"/*.md "$logs"/*.log benchmarks/results/*-{breakdown,training,variants}-* "$OUT"
-fi
+leave "$logs"/ceilings.md benchmarks/results/*-{breakdown,training,variants}-*
 exit "$code"

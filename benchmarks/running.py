@@ -43,8 +43,10 @@ TINY = LlamaConfig(
     context=64,
 )
 MODELS = {"1b": TINYLLAMA_1B, "120m": TINYLLAMA_120M, "demo": DEMO, "tiny": TINY}
-PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "triton")
-PACKAGES += ("transformers",)
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "tokamax"),
+    *("torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "transformers"),
+)
 QUICK = "Quick: these numbers say NOTHING about any device."
 
 Spec = dict[str, Any]
@@ -123,6 +125,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def commit() -> str | None:
+    """What is checked out, in full and with `-dirty` where files differ; None without git."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    try:
+        shown = subprocess.run([*git, "--dirty"], capture_output=True, text=True, check=True)
+        return shown.stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
 def results_path(options: Any, name: str, device: str) -> Path | None:
     """Where results go, without suffix: `options.out`, else benchmarks/results/DATE-NAME-DEVICE,
     and nowhere with `options.quick`."""
@@ -155,14 +167,12 @@ def write_results(
     out: Path, device: str, title: str, legend: list[str], table: list[list[str]], facts: Spec
 ) -> None:
     """Writes the table to `out`.md, headings first, and all that was found to `out`.json."""
-    git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     make_folder(out.parent)
-    told = {"device": device, "versions": versions(), "commit": commit} | facts
+    told = {"device": device, "versions": versions(), "commit": commit()} | facts
     write_aside(suffixed(out, ".json"), json.dumps(told, indent=1) + "\n")
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     head, *rows = table
-    lines = [f"# {title}", "", *legend, f"Commit {commit}, {known}.", ""]
+    lines = [f"# {title}", "", *legend, f"Commit {told['commit']}, {known}.", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(row + [''] * (len(head) - len(row)))} |" for row in rows]
     write_aside(suffixed(out, ".md"), "\n".join(lines) + "\n")
