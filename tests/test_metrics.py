@@ -1,5 +1,8 @@
 """Numbers of a run, on disk."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tinyllama_jax.config import TINYLLAMA_1B
@@ -23,6 +26,21 @@ def test_steps_made_again_leave_no_old_line_and_a_torn_line_counts_for_nothing(t
         2: {"train/loss": 20.0, "val/prose/loss": None},
     }
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.torch
+def test_a_run_leaves_torch_alone_and_others_may_still_import_it(tmp_path):
+    script = f"""
+import pathlib, sys
+from tinyllama_jax.training import loop
+from tinyllama_jax.training.metrics import Metrics
+Metrics(pathlib.Path({str(tmp_path)!r}), 0).close()
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch
+Metrics(pathlib.Path({str(tmp_path)!r}), 0).close()
+assert sys.modules["torch"] is torch
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_flops_of_the_1b_are_those_of_the_recipe():

@@ -241,10 +241,11 @@ def broken(small):
     each process left with and said on stderr, and after how many seconds."""
     runs, marks, ends = {}, {}, {}
     for name, (lost, fault, *_) in FAULTS.items():
-        config = elsewhere(small, name, batch_rows=12)
+        count = 3 if name == "killed" else 2  # programs of two are those of the tests above
+        config = elsewhere(small, name, batch_rows=8 * count)
         marks[name] = Path(config.run_folder).with_name(f"{name}.mark")
         fault = f"if me == {lost}: open({str(marks[name])!r}, 'w').close(); {fault}"
-        runs[name] = Run(config, 3 if name == "killed" else 2, fault=fault)
+        runs[name] = Run(config, count, fault=fault)
     deadline = time.time() + 240
     while time.time() < deadline:
         for name, run in runs.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ class Metrics:
         self._file = None
         if not processes.is_first():
             return
-        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one
-
         path = run_folder / FILE
         # The steps after the checkpoint are made again. Lines of theirs that stayed would be read
         # as this run's: those of a run whose checkpoints were removed, or of a step now left out.
@@ -34,7 +33,7 @@ class Metrics:
             kept = [line for step, line in _lines(path) if step <= first_step]
             write_aside(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a")
-        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = _summary_writer()(str(run_folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Values after `step` optimizer steps."""
@@ -51,6 +50,20 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer, without torch. It imports torch where there is one, for a type that
+    no number here has: seconds at the start of a run, and in a process of JAX a second set of CUDA
+    libraries."""
+    modules: dict[str, Any] = sys.modules
+    hidden = modules.setdefault("torch", None) is None  # which is as if there were none
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del modules["torch"]
+    return SummaryWriter
 
 
 def read_metrics(run_folder: str | Path) -> dict[int, dict[str, Any]]:
