@@ -1,14 +1,17 @@
 """The decoder: its size, its start, and what a token can see."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from conftest import SMALL
 from tinyllama_jax import config as configs
+from tinyllama_jax.model import attention as attention_module
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, shardings
 from tinyllama_jax.training.step import init_state
@@ -144,3 +147,36 @@ def test_a_product_takes_weights_of_any_shape_behind_the_width():
     w_DNH = jax.random.normal(jax.random.key(1), (8, 3, 4))
     expected = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
     np.testing.assert_allclose(llama.dense(x_BTD, w_DNH), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "times"), [("nothing", 1), ("elementwise", 1), ("layers", 2)]
+)
+@pytest.mark.parametrize("in_scan", [True, False], ids=["scanned", "unrolled"])
+def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
+    weights, monkeypatch, recompute, times, in_scan
+):
+    """Lowered for a GPU that is not here, whose version of cuDNN JAX would ask for."""
+    answers = {"check_cudnn_version": 91_000, "check_compute_capability": True}
+    answers["is_cuda_compute_capability_equal"] = False
+    for name, answer in answers.items():
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(attention_module, "device_chip", lambda: "H100")
+    execution = configs.ExecutionConfig(attention="cudnn", recompute=recompute)
+    blocks = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights["blocks"])
+
+    def loss(blocks, x_BTD):
+        layer = llama.make_layer(SMALL, execution, x_BTD.shape[1], in_scan=in_scan)
+        if in_scan:
+            x_BTD, _ = jax.lax.scan(lambda x_BTD, block: (layer(x_BTD, block), None), x_BTD, blocks)
+        else:
+            for block in llama.unstack(blocks):
+                x_BTD = layer(x_BTD, block)
+        return x_BTD.astype(jnp.float32).sum()
+
+    x_BTD = jnp.ones((2, SMALL.context, SMALL.width), jnp.bfloat16)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(blocks, x_BTD)
+    calls = re.findall(r"@__cudnn\$fmha\w+", lowered.lower(lowering_platforms=("cuda",)).as_text())
+    found = [sum(name.endswith("Backward") == backward for name in calls) for backward in (0, 1)]
+    layers = 1 if in_scan else SMALL.layers
+    assert found == [times * layers, layers]

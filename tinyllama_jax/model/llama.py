@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention, cached_attention
@@ -192,9 +193,15 @@ def make_layer(
 
     if execution.recompute == "nothing":
         return layer
-    kept = MATRIX_PRODUCTS if execution.recompute == "elementwise" else ()
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    policy = keep_matrix_products if execution.recompute == "elementwise" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
+
+
+def keep_matrix_products(primitive: Primitive, *args, **params) -> bool:
+    """A policy for `jax.checkpoint`: keeps what is named in `MATRIX_PRODUCTS`, and what cuDNN's
+    forward pass of attention gives, which JAX does not name."""
+    by_name = jax.checkpoint_policies.save_only_these_names(*MATRIX_PRODUCTS)
+    return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
 
 
 def make_block(config: LlamaConfig) -> Callable[[Weights], Block]:
