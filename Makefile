@@ -24,8 +24,9 @@ data/demo/code/manifest.json: data/demo/tokenizer.model
 	$(BIN)/tinyllama prepare stdlib --tokenizer $< --out data/demo
 
 # Three workers for two cores, a file to a worker: some tests wait for processes that they started.
+# By name: xdist would leave files of few tests to the end, among them the longest.
 test: $(VENV)/installed-test
-	$(BIN)/pytest -n 3 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Programs for GPUs that are not here: registers, spills, collectives. In an environment of its own:
 # where the CUDA plugin is but no GPU, JAX complains at every start.
