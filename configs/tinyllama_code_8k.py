@@ -3,7 +3,7 @@
 Run:     python launch/a100_16.py configs/tinyllama_code_8k.py
          on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
          after configs/tinyllama_1b.py, whose newest weights it begins with; from the released
-         ones, give a Hugging Face folder in one file: --init-from data/TinyLlama-1.1B-3T
+         ones, give a Hugging Face folder: --init-from data/TinyLlama-1.1B-3T
 Reads:   data/starcoder, as configs/tinyllama_1b.py does; the records of the 3T run serve
          any context, so nothing is prepared again
 Expect:  5,000 steps of 2,097,152 tokens, 1.0486e10 in all. Model, context and RoPE factor are the

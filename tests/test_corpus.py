@@ -1,7 +1,9 @@
 """A corpus becomes the same bytes in every way of preparing it, interrupted or not."""
 
 import ast
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from corpora import CASES, GROUP_BYTES, texts, write_slimpajama, write_starcoder
+from corpora import CASES, GOLDEN, GROUP_BYTES, texts, write_slimpajama, write_starcoder
 from tinyllama_jax import cli
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import corpus as corpus_module
@@ -389,10 +391,13 @@ def test_the_command_line_names_every_corpus():
         (["files", "--source", ".", "--worker", "x"], "give i/n"),
         (["files", "--source", "."], "no readable file"),
         (["files", "--source", ".", "--dtype", "uint16"], "is for `prepare tokens`"),
+        (["files", "--source", ".", "--held-out", "1"], "a share between 0 and 1"),
+        (["tinystories", "--source", ".", "--held-out", "0.1"], "a validation split of its own"),
         (["files", "--source", ".", "--beam-options", "x=1"], "are for a --runner"),
         (["files", "--source", ".", "--runner", "x", "--worker", "0/2"], "of its own"),
         (["stdlib", "--field", "x"], "leave the rest out"),
         (["stdlib", "--runner", "x"], "leave the rest out"),
+        (["stdlib", "--held-out", "0.1"], "leave the rest out"),
     ],
 )
 def test_a_mistaken_command_costs_one_message(argv, words, data, tmp_path, capsys, monkeypatch):
@@ -400,6 +405,28 @@ def test_a_mistaken_command_costs_one_message(argv, words, data, tmp_path, capsy
     assert cli.main(["prepare", *argv, "--tokenizer", data.tokenizer, "--out", "out"]) == 2
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_corpus_of_ones_own_needs_a_larger_share_for_validation(data, tmp_path, capsys):
+    source, out = tmp_path / "notes", tmp_path / "out"
+    source.mkdir()
+    lines = (GOLDEN / "text.txt").read_text().splitlines()
+    notes = ["\n".join(random.Random(index).sample(lines, len(lines))) for index in range(60)]
+    for index, note in enumerate(notes):
+        (source / f"{index}.txt").write_text(note)
+    command = ["prepare", "files", "--source", source, "--tokenizer", data.tokenizer, "--out", out]
+    command = [*map(str, command), "--processes", "1"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "give more text or a larger --held-out, and remove" in said
+    shutil.rmtree(said.split("and remove ")[1].rstrip(".\n"))
+    assert cli.main([*command, "--held-out", "0.3"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["held_out_share"] == 0.3
+    counts = {split: facts["documents"] for split, facts in manifest["splits"].items()}
+    held = sum(is_held_out(note.encode(), 0.3) for note in notes)
+    assert counts == {"train": 60 - held, "validation": held}
+    assert cli.main(["verify", str(out)]) == 0
 
 
 def test_beam_that_is_not_installed_is_named(prepared, tmp_path, monkeypatch):

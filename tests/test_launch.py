@@ -131,6 +131,19 @@ def test_a_launch_script_asks_for_its_devices(config, tmp_path, script, devices)
         assert not Path(config.run_folder).exists()
 
 
+@pytest.mark.parametrize("said", ["", "Unable to initialize backend 'cuda': ...\nmore"])
+def test_a_machine_without_the_device_is_told_in_a_sentence(monkeypatch, said):
+    """JAX raises a bare assertion where CUDA is asked for and its plugin is not there."""
+
+    def devices():
+        raise AssertionError(said)
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match=r"^JAX finds no device \([^)\n]+\): on GPUs, pip install"):
+        with processes.joined(Launch(), 1):
+            pass
+
+
 @pytest.mark.parametrize("name", ["a100_8", "a100_16"])
 def test_a_batch_script_queues_again_what_a_signal_saved(name, tmp_path):
     file = ROOT / "launch" / "slurm" / f"{name}.sbatch"

@@ -19,6 +19,8 @@ from tinyllama_jax.config_file import load_config
 # 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
 DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
 
+Corpus = Literal["slimpajama", "starcoder", "fineweb-edu", "tinystories", "files", "tokens"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
@@ -176,11 +178,7 @@ def tokenizer(
 
 
 def prepare(
-    dataset: Positional[
-        Literal[
-            "stdlib", "slimpajama", "starcoder", "fineweb-edu", "tinystories", "files", "tokens"
-        ]
-    ],
+    dataset: Positional[Literal["stdlib", Corpus]],
     /,
     *,
     tokenizer: Path,
@@ -189,6 +187,7 @@ def prepare(
     field: str | None = None,
     drop: tuple[str, ...] = (),
     dtype: Literal["uint16", "uint32"] | None = None,
+    held_out: float | None = None,
     worker: str | None = None,
     processes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
@@ -210,6 +209,7 @@ def prepare(
       field: Of `files`: where a row has its text, `text` by default; dots lead further in.
       drop: Of `files`: FIELD=VALUE of rows to leave out.
       dtype: Of `tokens`: what ids in files without a header are, uint16 by default.
+      held_out: Share of documents for validation where a corpus has none; 0.005 by default.
       worker: i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a
         call that finds no group missing joins them.
       processes: Processes on this machine; by default one a core.
@@ -228,7 +228,7 @@ def prepare(
     if dataset == "stdlib":
         require(
             not (source or field or drop or dtype or worker or processes or on_error == "skip")
-            and not (best_fit or runner or beam_options),
+            and not (held_out is not None or best_fit or runner or beam_options),
             "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
@@ -240,7 +240,7 @@ def prepare(
         with sigterm_as_interrupt():
             manifest = prepare_corpus(
                 dataset.replace("-", "_"),  # TFDS's names have no hyphens
-                open_corpus(dataset, field, drop, dtype),
+                open_corpus(dataset, field, drop, dtype, held_out),
                 source,
                 tokenizer,
                 out,

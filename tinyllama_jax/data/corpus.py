@@ -203,8 +203,9 @@ def _manifest(
         require(
             bool(shards),
             f"{preparation.name}/{split} has {counts['dropped_tokens']:,} tokens in groups of "
-            f"fewer than the {RECORD + 1:,} of one record: give more text, and remove "
-            f"{preparation.folder}.",
+            f"fewer than the {RECORD + 1:,} of one record: give more text"
+            + " or a larger --held-out" * (split not in corpus_splits)
+            + f", and remove {preparation.folder}.",
         )
         records = sum(shard["records"] for _, shard in shards)
         splits[split] = {
@@ -326,19 +327,24 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 def open_corpus(
-    name: str, field: str | None, drop: Sequence[str], dtype: RawDtype | None = None
+    name: str,
+    field: str | None,
+    drop: Sequence[str],
+    dtype: RawDtype | None = None,
+    held_out: float | None = None,
 ) -> Corpus:
-    """A row of `CORPORA`, with the user's own fields if it is `files`, or dtype if `tokens`.
+    """A row of `CORPORA`, with what the user gives of it.
 
     Args:
       name: of the row.
       field: of the text, if given.
       drop: "FIELD=VALUE" of rows to leave out.
       dtype: of files without a header, if given.
+      held_out: share of the documents for validation, if given.
 
     Raises:
-      UserError: fields for a corpus that has none or its own, a dtype for text, or a rule without
-        `=`.
+      UserError: fields for a corpus that has none or its own, a dtype for text, a share for a
+        corpus with a validation split or that is none, or a rule without `=`.
     """
     corpus = CORPORA[name]
     require(
@@ -348,6 +354,14 @@ def open_corpus(
     require(
         name == "tokens" or not dtype,
         f"--dtype is for `prepare tokens`, not for {name}: leave it out.",
+    )
+    require(
+        held_out is None or corpus.held_out_share > 0,
+        f"{name} has a validation split of its own: leave --held-out out.",
+    )
+    require(
+        held_out is None or 0 < held_out < 1,
+        f"--held-out is {held_out}: give a share between 0 and 1, such as 0.05.",
     )
     rules = []
     for rule in drop:
@@ -359,6 +373,7 @@ def open_corpus(
         field=field or corpus.field,
         drop=(*corpus.drop, *rules),
         raw_dtype=dtype or corpus.raw_dtype,
+        held_out_share=held_out or corpus.held_out_share,
     )
 
 

@@ -28,7 +28,8 @@ def verify_dataset(folder: Path) -> list[str]:
     """
     require(
         (folder / MANIFEST).is_file(),
-        f"There is no dataset at {folder}: write one with `tinyllama prepare`.",
+        f"{folder} is no dataset, run or export: give a folder that `tinyllama prepare`, `train` "
+        "or `convert` made; of several exports, one.",
     )
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

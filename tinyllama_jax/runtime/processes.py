@@ -165,10 +165,12 @@ def _give_up(process: int, processes: int, coordinator: str) -> None:
 def _check_devices(wanted: int | None) -> None:
     try:
         found = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # an assertion of JAX, if CUDA is broken
+    except (RuntimeError, AssertionError) as error:  # a bare assertion, without the CUDA plugin
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        said = (str(error).splitlines() or [f"JAX_PLATFORMS={asked}"])[0][:200]
         raise UserError(
-            f"JAX finds no device ({str(error).splitlines()[0][:200]}): on GPUs, "
-            "pip install 'tinyllama-jax[gpu]'; `tinyllama train` takes what is there."
+            f"JAX finds no device ({said}): on GPUs, pip install 'tinyllama-jax[gpu]'; "
+            "`tinyllama train` takes what is there."
         ) from None
     processes = jax.process_count()
     each = [sum(device.process_index == index for device in found) for index in range(processes)]

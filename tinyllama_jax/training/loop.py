@@ -186,6 +186,7 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
             pending = (step, step_metrics | {"stop": stop.vote()})
 
             if step == profiler.last_step:
+                jax.block_until_ready(state)  # or the pause would take time of the step
                 watch.at("profile", step)
                 with clock.paused():
                     if found := profiler.end(train_step, state, batch):

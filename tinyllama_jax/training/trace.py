@@ -99,18 +99,17 @@ class Profiler:
         self._running.enter_context(jax.profiler.TraceAnnotation(STEPS))
 
     def end(self, train_step, state, batch) -> Breakdown | None:
-        """Ends after the last step, when the devices have done it: where the time went, or None.
+        """Ends after the last step: where the time went, or None.
 
         Args:
           train_step: what `make_step` returns.
-          state: what the last step gives.
+          state: what the last step gave, and the devices have done.
           batch: the other arguments of the step.
         """
         # No work: what runs is found. All ask, as compiling would be the work of all.
         compiled = train_step.lower(state, *batch).compile()
         if not processes.is_first():
             return None
-        jax.block_until_ready(state)
         try:
             return self._read(compiled, batch)
         except Exception as error:  # a run of months does not end because of its trace
