@@ -11,7 +11,7 @@ import tyro
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CALLS = {
-    "gpu.sh": ["ceilings", "breakdown", "training"],
+    "gpu.sh": ["ceilings", "training", "breakdown"],
     "gpu.sh, variants": ["training"],
     "gpu_learning.sh": ["repeat", "learning"],
     "attention.sh": ["attention", "attention"],
