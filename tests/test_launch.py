@@ -149,7 +149,13 @@ def test_a_batch_script_queues_again_what_a_signal_saved(name, tmp_path):
     file = ROOT / "launch" / "slurm" / f"{name}.sbatch"
     assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
     text = file.read_text()
-    for line in ("--signal=TERM@300", "--requeue", f"--nodes={2 if name == 'a100_16' else 1}"):
+    for line in (
+        "--signal=TERM@300",
+        "--requeue",
+        "--exclusive",
+        "--mem=0",
+        f"--nodes={2 if name == 'a100_16' else 1}",
+    ):
         assert f"#SBATCH {line}\n" in text
     # In the place of Slurm's: srun ends with a code, scontrol says what it is asked for.
     (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\nexit "$CODE"\n')
@@ -165,6 +171,7 @@ def test_a_batch_script_queues_again_what_a_signal_saved(name, tmp_path):
         assert done.returncode == code
         said = done.stdout.splitlines()
         assert said[0] == (
-            f"--kill-on-bad-exit=1 --wait=60 python launch/{name}.py configs/x.py --run-folder a b"
+            "--cpu-bind=none --kill-on-bad-exit=1 --wait=60 "
+            f"python launch/{name}.py configs/x.py --run-folder a b"
         )
         assert said[1:] == (["scontrol requeue 7"] if code == 75 else [])
