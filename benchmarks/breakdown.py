@@ -66,7 +66,7 @@ def measure(spec: running.Spec, folder: Path) -> Breakdown:
             profiler.before(step, state)
             batch = put_batch(tokens_ABS, mesh, 1), put_batch(loss_weights(tokens_ABS), mesh, 1)
             state, _ = train_step(state, *batch)
-        found = profiler.end(train_step, state, batch)
+        found = profiler.end(train_step, jax.block_until_ready(state), batch)
     require(found is not None, "There is nothing to report.")
     assert found
     return found

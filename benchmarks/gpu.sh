@@ -18,8 +18,8 @@ if [ -n "${VARIANTS:-}" ]; then
   run 525 training --model "$MODEL" --steps 6 --seconds 430 --variants
 else
   run 60 ceilings --out "$logs/ceilings.md"
-  run 400 training --model "$MODEL" --steps 6 --seconds 310
-  run $((530 - SECONDS)) breakdown --model "$MODEL" --attention pallas
+  run 400 training --model "$MODEL" --steps 6 --seconds 305
+  run $((530 - SECONDS)) breakdown --model "$MODEL"
 fi
 [ "$code" = 0 ] || tail -n 25 "$logs"/*.log
 leave "$logs"/ceilings.md benchmarks/results/*-{breakdown,training,variants}-*

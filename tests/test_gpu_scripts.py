@@ -49,7 +49,6 @@ def test_programs_are_called_with_options_that_they_take(case, tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script, _, variants = case.partition(", ")
     out = tmp_path / "out"
-    out.mkdir()
     asked = {"OUT": str(out), "DATA": "rows", "WIDTHS": "32 64", "VARIANTS": variants}
     code, programs, printed = call(script, tmp_path, **asked)
     assert code == 0, printed

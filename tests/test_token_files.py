@@ -214,6 +214,8 @@ def test_the_command_reads_train_and_val(data, tmp_path, capsys):
     command = ["prepare", "tokens", *map(str, sum(options.items(), ()))]
     assert cli.main(command) == 2
     assert "--dtype uint32" in capsys.readouterr().err
+    assert cli.main([*command, "--dtype", "uint32", "--held-out", "0.1"]) == 2
+    assert "has files of validation: leave --held-out out" in capsys.readouterr().err
     assert cli.main([*command, "--dtype", "uint32"]) == 0
     assert "eos found" in capsys.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.config import UserError, require
-from tinyllama_jax.data.readers import BadFile, Corpus, Tally, list_files
+from tinyllama_jax.data.readers import SHARE, BadFile, Corpus, Tally, list_files
 from tinyllama_jax.data.tokenizer import BOS, EOS
 
 # TinyLlama's lit_gpt/packed_dataset.py: magic, version, code of the dtype, ids in the file.
@@ -47,7 +47,8 @@ def open_splits(corpus: Corpus, source: Path) -> Corpus:
 
     Raises:
       UserError: no token files; a first one of another dtype than `raw_dtype`, before anything is
-        begun with that; or, beside files of validation or test, none of train or some of no split.
+        begun with that; a share that was asked for, beside files of validation; or, beside files
+        of validation or test, none of train or some of no split.
     """
     names = {name for name, _ in list_files(corpus, source)[0]["train"]}
     head = _head(source / min(names))
@@ -68,6 +69,10 @@ def open_splits(corpus: Corpus, source: Path) -> Corpus:
                 f"{source} has files of validation or test, and "
                 f"{min(rest) + ' is of no split' if rest else 'none of train'}: let the names of "
                 "all begin with train, val or test.",
+            )
+            require(
+                not found["validation"] or corpus.held_out_share == SHARE,
+                f"{source} has files of validation: leave --held-out out.",
             )
             there = {split: pattern for split, pattern in splits.items() if found[split]}
             share = 0.0 if found["validation"] else corpus.held_out_share
