@@ -157,6 +157,7 @@ def test_a_scale_that_is_not_positive_is_refused():
         ("cudnn", {"documents": True}, "segment_ids"),
         ("cudnn", {"dtype": jnp.float32}, "bfloat16"),
         ("cudnn", {"head_width": 20}, "multiple of 8"),
+        ("cudnn", {"T": 333}, "even number of tokens"),
         ("pallas", {"head_width": 192}, "192"),
         ("triton", {"chip": "cpu"}, "cpu"),
         ("pallas", {"chip": "NVIDIA GeForce RTX 4090"}, "RTX 4090"),
@@ -164,7 +165,7 @@ def test_a_scale_that_is_not_positive_is_refused():
     ],
 )
 def test_a_backend_says_what_it_cannot_do(backend, change, complaint):
-    asked = {"chip": "H100", "dtype": jnp.bfloat16, "head_width": 64, "documents": False}
+    asked = {"chip": "H100", "dtype": jnp.bfloat16, "head_width": 64, "T": 8, "documents": False}
     assert why_not(backend, **asked) is None
     assert complaint in why_not(backend, **asked | change)
 
@@ -176,15 +177,16 @@ def test_what_a_backend_cannot_do_is_an_error_and_never_another_backend():
 
 
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("T", [333, 2048])
 @pytest.mark.parametrize("head_width", [48, 192])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("chip", ["cpu", "A100", "H100", "NVIDIA GeForce RTX 4090", "TPU v5"])
-def test_auto_never_takes_what_cannot_do_it(chip, dtype, head_width, documents):
-    backend, reason = choose_backend(chip, dtype, head_width, documents)
-    assert why_not(backend, chip, dtype, head_width, documents) is None
+def test_auto_never_takes_what_cannot_do_it(chip, dtype, head_width, T, documents):
+    backend, reason = choose_backend(chip, dtype, head_width, T, documents)
+    assert why_not(backend, chip, dtype, head_width, T, documents) is None
     assert reason
     assert backend != "cudnn" or chip == "H100" or "NVIDIA" in chip
-    if dtype == jnp.bfloat16 and head_width == 48 and (chip, documents) in AUTO:
+    if dtype == jnp.bfloat16 and (head_width, T) == (48, 2048) and (chip, documents) in AUTO:
         assert backend == AUTO[chip, documents][0]
 
 

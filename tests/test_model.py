@@ -157,12 +157,8 @@ def test_a_product_takes_weights_of_any_shape_behind_the_width():
 def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
     weights, monkeypatch, recompute, times, in_scan
 ):
-    """Lowered for a GPU that is not here, whose version of cuDNN JAX would ask for."""
-    answers = {"check_cudnn_version": 91_000, "check_compute_capability": True}
-    answers["is_cuda_compute_capability_equal"] = False
-    for name, answer in answers.items():
-        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(attention_module, "device_chip", lambda: "H100")
+    """Lowered for a GPU that is not here."""
+    pretend_hopper(monkeypatch)
     execution = configs.ExecutionConfig(attention="cudnn", recompute=recompute)
     blocks = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights["blocks"])
 
@@ -181,6 +177,32 @@ def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
     layers = 1 if in_scan else SMALL.layers
     names = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
     assert [calls[name] for name in names] == [times * layers, layers]
+
+
+def pretend_hopper(monkeypatch):
+    """An H100, and what JAX would ask of it to lower cuDNN's attention."""
+    answers = {"check_cudnn_version": 91_000, "check_compute_capability": True}
+    answers["is_cuda_compute_capability_equal"] = False
+    for name, answer in answers.items():
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(attention_module, "device_chip", lambda: "H100")
+
+
+@pytest.mark.parametrize("H", [8, 64, 128])
+@pytest.mark.parametrize("T", [1, 2, 17, 18, 333, 334])
+def test_auto_takes_what_has_gradients_on_hopper(T, H, monkeypatch):
+    """cuDNN refuses odd rows when their gradients are lowered, and no sooner."""
+    pretend_hopper(monkeypatch)
+    q, k = (jax.ShapeDtypeStruct((2, T, heads, H), jnp.bfloat16) for heads in (4, 2))
+
+    def gradients(q, k, v, do):
+        return jax.vjp(attention_module.attention, q, k, v)[1](do)
+
+    traced = jax.jit(gradients).trace(q, k, k, q)
+    if T % 2:
+        assert "flash_dq" in str(traced.jaxpr)
+    else:
+        assert "__cudnn$fmha" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def count_calls(program: str) -> Counter[str]:

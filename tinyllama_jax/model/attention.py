@@ -59,7 +59,7 @@ def attention(
       backend: `reference` is plain JAX, for every device and memory enough for (B, N, T, T) scores.
         `pallas` and `triton` are FlashAttention on A100, H100 and H200, in bf16 or fp32, for heads
         up to 128 wide; `pallas` is interpreted on a CPU, for tests. `cudnn` is JAX's own, in bf16,
-        without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot do what is
+        for an even T, without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot do what is
         asked, and says so once; on a CPU it is `reference`.
 
     Returns:
@@ -91,10 +91,10 @@ def attention(
     chip = device_chip()
     documents = segment_ids is not None
     if backend == "auto":
-        backend, reason = choose_backend(chip, q_BTNH.dtype, H, documents)
+        backend, reason = choose_backend(chip, q_BTNH.dtype, H, T, documents)
         if chip != "cpu":  # where there is nothing to choose
             _say_once(f"attention on {chip}: {backend} ({reason})")
-    elif complaint := why_not(backend, chip, q_BTNH.dtype, H, documents):
+    elif complaint := why_not(backend, chip, q_BTNH.dtype, H, T, documents):
         raise ValueError(f"attention backend {backend!r} {complaint}.")
 
     if backend == "reference":
@@ -128,9 +128,12 @@ def device_chip() -> str:
 
 
 def why_not(
-    backend: AttentionBackend, chip: str, dtype, head_width: int, documents: bool
+    backend: AttentionBackend, chip: str, dtype, head_width: int, T: int, documents: bool
 ) -> str | None:
-    """What a backend cannot do of what is asked, as the end of a sentence; None if it can all."""
+    """What a backend cannot do of what is asked, as the end of a sentence; None if it can all.
+
+    Gradients may be asked of whatever is computed forward, so what cannot be differentiated counts.
+    """
     if backend == "cudnn":
         if chip not in CHIPS.values() and "NVIDIA" not in chip:
             return "needs an NVIDIA GPU"
@@ -140,6 +143,8 @@ def why_not(
             return f"computes in bfloat16 or float16, not in {dtype}"
         if head_width % 8 or head_width > 128:
             return f"takes heads of a multiple of 8 up to 128 wide, not {head_width}"
+        if T % 2:
+            return f"has gradients for rows of an even number of tokens alone, not of {T}"
     if backend in ("pallas", "triton"):
         if chip not in CHIPS.values() and (chip, backend) != ("cpu", "pallas"):
             return f"has no tiles for {chip}: it runs on {', '.join(CHIPS)}"
@@ -151,7 +156,7 @@ def why_not(
 
 
 def choose_backend(
-    chip: str, dtype, head_width: int, documents: bool
+    chip: str, dtype, head_width: int, T: int, documents: bool
 ) -> tuple[AttentionBackend, str]:
     """What `auto` takes, and why."""
     unknown = ("cudnn", "no kernel of ours is tuned for this chip")
@@ -165,7 +170,7 @@ def choose_backend(
     return next(
         candidate
         for candidate in candidates
-        if not why_not(candidate[0], chip, dtype, head_width, documents)
+        if not why_not(candidate[0], chip, dtype, head_width, T, documents)
     )
 
 

@@ -284,7 +284,8 @@ def _attention_backend(config: Config, target: Target) -> AttentionBackend:
     check_attention_on(config, chip, dtype)
     if config.execution.attention != "auto":
         return config.execution.attention
-    return choose_backend(chip, dtype, config.model.head_width, config.data.mask_documents)[0]
+    model, documents = config.model, config.data.mask_documents
+    return choose_backend(chip, dtype, model.head_width, model.context, documents)[0]
 
 
 def _with_attention(config: Config, backend: AttentionBackend) -> Config:

@@ -44,8 +44,8 @@ def check_attention_on(config: Config, chip: str, dtype: jnp.dtype) -> None:
     backend = config.execution.attention
     if backend == "auto":
         return
-    documents = config.data.mask_documents
-    complaint = why_not(backend, chip, dtype, config.model.head_width, documents)
+    model, documents = config.model, config.data.mask_documents
+    complaint = why_not(backend, chip, dtype, model.head_width, model.context, documents)
     require(
         complaint is None,
         f"execution.attention {backend} {complaint}; auto takes what can do it.",
