@@ -1,7 +1,15 @@
-"""Memory that is freed stays with the process."""
+"""The share of a GPU that JAX takes; and memory that is freed stays with the process."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from tinyllama_jax.config_file import load_config
+from tinyllama_jax.runtime.allocator import CARD_SHARE
+from tinyllama_jax.training.plan import plan
 
 WORK = """
 import ctypes, resource, sys
@@ -32,3 +40,36 @@ def new_pages(mode):
 def test_an_array_finds_the_pages_of_the_one_before():
     assert new_pages("free") > 16_000
     assert new_pages("keep") < 100
+
+
+SHARE = """
+import os, sys
+from tinyllama_jax import cli
+
+# What JAX tells CUDA's allocator, asked for when its devices are.
+from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
+cli.VERBS["generate"] = lambda: print(generate_pjrt_gpu_plugin_options()["memory_fraction"]) or 0
+sys.exit(cli.main(["generate"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "share"),
+    [
+        ({}, CARD_SHARE),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, 0.5),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}, 0.4),  # the older name
+    ],
+)
+def test_jax_takes_the_share_of_a_card_that_a_plan_counts_with(named, share):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    env = {name: value for name, value in os.environ.items() if name not in names} | named
+    command = [sys.executable, "-c", SHARE]
+    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert float(shown.stdout) == share
+
+
+def test_a_plan_counts_with_it():
+    config = load_config(str(Path(__file__).parents[1] / "configs" / "tinyllama_120m.py"))
+    found = plan(config, "a100_1", compiler=False)
+    assert found.usable_bytes_per_device == int(CARD_SHARE * found.card_bytes)

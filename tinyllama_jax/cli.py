@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from tinyllama_jax.config import Config, Launch, UserError, require
 from tinyllama_jax.config_file import load_config
+from tinyllama_jax.runtime.allocator import keep_memory, take_card
 
 # 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
 DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
@@ -44,11 +45,11 @@ def train(argv: Sequence[str], devices: int | None = None) -> int:
         prog=f"tinyllama train {argv[0]}",
         description=Config.__doc__,
     )
-    from tinyllama_jax.runtime import allocator, processes
+    from tinyllama_jax.runtime import processes
     from tinyllama_jax.runtime.mesh import make_mesh
     from tinyllama_jax.training.loop import Diverged, run
 
-    allocator.keep_memory()
+    keep_memory()
     with processes.joined(options.launch, devices):
         mesh = make_mesh(options.launch.data_axis)
         _say_if_gpu_idle()
@@ -484,6 +485,7 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
     # homepage, a task that leaves its metric's defaults.
     for library in ("absl", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    take_card()  # whatever the verb: each may be what uses the GPU
     try:
         require(argv[0] in VERBS, f"There is no verb {argv[0]!r}: {', '.join(VERBS)}.")
         if argv[0] == "train":

@@ -14,6 +14,7 @@ from tinyllama_jax.data.mixture import fill_rate, make_mixture
 from tinyllama_jax.data.packing import RECORD
 from tinyllama_jax.data.prepare import MANIFEST, read_manifest
 from tinyllama_jax.model.attention import choose_backend
+from tinyllama_jax.runtime.allocator import CARD_SHARE
 from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, check_fits, make_mesh
 from tinyllama_jax.runtime.targets import (
     NODE_DEVICES,
@@ -35,7 +36,6 @@ from tinyllama_jax.training.program import Collective, read_program
 from tinyllama_jax.training.step import abstract_state, check_attention_on, make_step
 
 RESERVE = 3 * 2**29  # 1.5 GiB that NCCL and cuBLAS take, which no compiled program counts
-USABLE = 0.9  # of a card: the rest is lost to the driver, to fragments and to JAX's own margin
 MAX_EPOCHS = 4  # repeated tokens are nearly as good as new ones so far (Muennighoff et al. 2023)
 
 Range = tuple[float, float]
@@ -191,7 +191,7 @@ def plan(
         peak = estimated_peak(config, devices, fsdp)
         collectives = _by_construction(config, data_axis, fsdp)
         work = roofline.work_by_formula(config, devices, fsdp)
-    usable = int(USABLE * target.memory)
+    usable = int(CARD_SHARE * target.memory)
 
     def estimate(trial: Config) -> int:
         return estimated_peak(trial, devices, fsdp)
