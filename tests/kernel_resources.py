@@ -12,10 +12,14 @@ from typing import NamedTuple
 
 import jax
 import triton
+from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.model import triton_kernels
+from tinyllama_jax.runtime.mesh import make_mesh
+from tinyllama_jax.runtime.targets import A100_40G, H100, absent_devices
 
 KERNELS = ("flash_forward", "flash_dq", "flash_dkdv")  # of attention
+OTHERS = ("embedding_gradient", "add_norm", "norm_gradient", "cross_entropy")
 
 # XLA puts stack traces into what it writes down, and naming their frames takes 20 s a program.
 os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
@@ -70,6 +74,16 @@ def _assemble(ptx: str, shared_memory: int) -> Resources:
     return Resources(registers, spills, shared_memory, ptx)
 
 
+@contextlib.contextmanager
+def abstract_on(chip: str) -> Iterator[Callable[..., jax.ShapeDtypeStruct]]:
+    """`abstract(shape, dtype)` of arrays on a chip that is not here, whose mesh is set."""
+    mesh = make_mesh(devices=absent_devices({"A100": A100_40G, "H100": H100}[chip]))
+    with jax.set_mesh(mesh):
+        yield lambda shape, dtype: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=jax.NamedSharding(mesh, P())
+        )
+
+
 def resources_of_program(
     lower: Callable[[], jax.stages.Lowered], folder: Path
 ) -> dict[str, Resources]:
@@ -82,7 +96,7 @@ def resources_of_program(
     launches = "".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
     for path in folder.glob("*.ptx"):
         ptx = path.read_text()
-        if entry := re.search(rf"\.entry ({'|'.join((*KERNELS, 'embedding_gradient'))})\(", ptx):
+        if entry := re.search(rf"\.entry ({'|'.join(KERNELS + OTHERS)})\(", ptx):
             shared = re.search(rf" {entry[1]} grid.*shared_memory: (\d+)", launches)
             found[entry[1]] = _assemble(ptx, int(shared[1]))
     return found

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from kernel_resources import KERNELS, OPTIMISED, kernel_calls, resources_of_program
-from tinyllama_jax.config import TINYLLAMA_1B
+from tinyllama_jax.config import TINYLLAMA_1B, ExecutionConfig
 from tinyllama_jax.model.attention import attention
 from tinyllama_jax.model.llama import Block, rope_tables
 from tinyllama_jax.model.tiles import TILES, Tile, Tiles
@@ -75,7 +75,7 @@ def layer_program(backend, saved) -> str:
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*saved))
     def layer(weights, x):
         rope = rope_tables(jnp.arange(config.context)[None], config)
-        return nnx.merge(definition, weights)(x, rope, None, backend)
+        return nnx.merge(definition, weights)(x, rope, None, ExecutionConfig(attention=backend))
 
     def run(weights, x, dy):
         y, vjp = jax.vjp(layer, weights, x)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.model.embedding import embedding, sums_by_token
 
@@ -78,21 +77,14 @@ def test_the_kernel_on_a_gpu(on_gpu, D, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_compiles_without_spills_and_nothing_is_scattered(chip, dtype, tmp_path):
     # Here, because it wants Triton's assembler, which the suite does without.
-    from kernel_resources import resources_of_program
-    from tinyllama_jax.runtime.mesh import make_mesh
-    from tinyllama_jax.runtime.targets import A100_40G, H100, absent_devices
-
-    mesh = make_mesh(devices=absent_devices({"A100": A100_40G, "H100": H100}[chip]))
-
-    def abstract(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P()))
+    from kernel_resources import abstract_on, resources_of_program
 
     def run(table_VD, tokens_BT, dx_BTD):
         return jax.vjp(lambda w: embedding(w, tokens_BT), table_VD)[1](dx_BTD)
 
     V, B, T, D = 32_000, 4, 2048, 2048
-    arguments = abstract((V, D), dtype), abstract((B, T), "int32"), abstract((B, T, D), dtype)
-    with jax.set_mesh(mesh):
+    with abstract_on(chip) as abstract:
+        arguments = abstract((V, D), dtype), abstract((B, T), "int32"), abstract((B, T, D), dtype)
         lowered = jax.jit(run).lower(*arguments)
     assert " scatter(" not in lowered.compile().as_text()
     found = resources_of_program(lambda: lowered, tmp_path)

@@ -14,7 +14,9 @@ from conftest import SMALL
 from tinyllama_jax import config as configs
 from tinyllama_jax.model import attention as attention_module
 from tinyllama_jax.model import llama
+from tinyllama_jax.model.products import dense
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, shardings
+from tinyllama_jax.training.gradients import make_gradients
 from tinyllama_jax.training.step import init_state
 
 
@@ -133,7 +135,7 @@ def test_positions_begin_anew_in_each_document():
 def test_the_gradient_of_a_product_copies_nothing_on_a_cpu(optimised_instructions):
     """As `x @ w` does, whose gradient sums over rows and tokens."""
     x_BTD, w_DF = jnp.ones((4, 64, 48)), jnp.ones((48, 96))
-    for product, copies in ((llama.dense, False), (jnp.matmul, True)):
+    for product, copies in ((dense, False), (jnp.matmul, True)):
 
         def gradients(x_BTD, w_DF, product=product):
             y_BTF, vjp = jax.vjp(product, x_BTD, w_DF)
@@ -147,34 +149,28 @@ def test_a_product_takes_weights_of_any_shape_behind_the_width():
     x_BTD = jax.random.normal(jax.random.key(0), (2, 5, 8))
     w_DNH = jax.random.normal(jax.random.key(1), (8, 3, 4))
     expected = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
-    np.testing.assert_allclose(llama.dense(x_BTD, w_DNH), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dense(x_BTD, w_DNH), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("recompute", "times"), [("nothing", 1), ("elementwise", 1), ("layers", 2)]
 )
-@pytest.mark.parametrize("in_scan", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
 def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
-    weights, monkeypatch, recompute, times, in_scan
+    config, monkeypatch, recompute, times, unrolled
 ):
     """Lowered for a GPU that is not here."""
     pretend_hopper(monkeypatch)
-    execution = configs.ExecutionConfig(attention="cudnn", recompute=recompute)
-    blocks = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights["blocks"])
-
-    def loss(blocks, x_BTD):
-        layer = llama.make_layer(SMALL, execution, x_BTD.shape[1], in_scan=in_scan)
-        if in_scan:
-            x_BTD, _ = jax.lax.scan(lambda x_BTD, block: (layer(x_BTD, block), None), x_BTD, blocks)
-        else:
-            for block in llama.unstack(blocks):
-                x_BTD = layer(x_BTD, block)
-        return x_BTD.astype(jnp.float32).sum()
-
-    x_BTD = jnp.ones((2, SMALL.context, SMALL.width), jnp.bfloat16)
-    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(blocks, x_BTD)
+    execution = configs.ExecutionConfig("cudnn", recompute, unrolled)
+    config = dataclasses.replace(config, model=SMALL, execution=execution)
+    weights = llama.abstract_weights(SMALL)
+    tokens_ABS = jax.ShapeDtypeStruct((1, 2, SMALL.context + 1), jnp.int32)
+    weights_ABT = jax.ShapeDtypeStruct((1, 2, SMALL.context), jnp.float32)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    gradients = jax.jit(make_gradients(config, mesh, jnp.bfloat16))
+    traced = gradients.trace(weights, tokens_ABS, weights_ABT)
     calls = count_calls(traced.lower(lowering_platforms=("cuda",)).as_text())
-    layers = 1 if in_scan else SMALL.layers
+    layers = SMALL.layers if unrolled else 1
     names = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
     assert [calls[name] for name in names] == [times * layers, layers]
 

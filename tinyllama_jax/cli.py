@@ -71,8 +71,7 @@ def _config_first(verb: str, argv: Sequence[str]) -> Config | None:
     if argv and argv[0] in ("-h", "--help"):
         print(f"{usage}\n\nCONFIGs are in configs/; `tinyllama {verb} CONFIG --help` tells more.")
         return None
-    named = bool(argv) and not argv[0].startswith("-")
-    require(named, f"Name a config of configs/ first: {usage}.")
+    require(bool(argv) and argv[0][:1] != "-", f"Name a config of configs/ first: {usage}.")
     return load_config(argv[0])
 
 
@@ -481,8 +480,7 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
             print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
         print("\ntinyllama VERB --help tells a verb's options.")
         return DONE if argv else USER_ERROR
-    # Orbax, TFDS and lm-eval warn of what is meant: a folder opened for reading, a dataset without
-    # homepage, a task that leaves its metric's defaults.
+    # What is meant: a folder opened for reading, a dataset without homepage, a metric's defaults.
     for library in ("absl", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     take_card()  # whatever the verb: each may be what uses the GPU

@@ -59,8 +59,8 @@ def attention(
       backend: `reference` is plain JAX, for every device and memory enough for (B, N, T, T) scores.
         `pallas` and `triton` are FlashAttention on A100, H100 and H200, in bf16 or fp32, for heads
         up to 128 wide; `pallas` is interpreted on a CPU, for tests. `cudnn` is JAX's own, in bf16,
-        for an even T, without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot do what is
-        asked, and says so once; on a CPU it is `reference`.
+        for an even T, without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot
+        do what is asked, and says so once; on a CPU it is `reference`.
 
     Returns:
       o_BTNH in the dtype of the queries.
@@ -125,6 +125,11 @@ def device_chip() -> str:
     return next(
         (chip for name, chip in CHIPS.items() if name in device.device_kind), device.device_kind
     )
+
+
+def has_kernels() -> bool:
+    """Whether our kernels are made for the chip that is compiled for."""
+    return device_chip() in CHIPS.values()
 
 
 def why_not(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from tinyllama_jax.model.attention import CHIPS, device_chip
+from tinyllama_jax.model.attention import has_kernels
 
 TOKENS_A_STEP = 8  # rows in flight, where a frequent token has thousands of them
 MOST_COLUMNS = 1024
@@ -41,7 +41,7 @@ def _forward(table_VD, tokens_BT):
 
 def _backward(residuals, dx_BTD):
     table_VD, tokens_BT = residuals
-    if device_chip() in CHIPS.values():
+    if has_kernels():
         sums_VD = sums_by_token(tokens_BT, dx_BTD, len(table_VD))
     else:
         sums_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(dx_BTD)

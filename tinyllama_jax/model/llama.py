@@ -20,7 +20,9 @@ from tinyllama_jax.config import ExecutionConfig, LlamaConfig
 from tinyllama_jax.model.attention import attention, cached_attention
 from tinyllama_jax.model.embedding import embedding
 from tinyllama_jax.model.flash_attention import first_of_run
-from tinyllama_jax.model.loss import next_token_loss, target_scores
+from tinyllama_jax.model.loss import next_token_gradients, next_token_loss, target_scores
+from tinyllama_jax.model.norm import rms_norm
+from tinyllama_jax.model.products import dense, normed_products, swiglu_product
 
 Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
 Gather = Callable[[str, jax.Array], jax.Array]
@@ -33,16 +35,15 @@ def whole(name: str, weight: jax.Array) -> jax.Array:
     return weight
 
 
-# What a block keeps for its backward pass so that no matrix product runs twice; norms, rotations
-# and the SwiGLU product are computed again from these.
-MATRIX_PRODUCTS = ("query", "key", "value", "attn_o", "attn_lse", "middle", "gate", "up")
+# What a block keeps for its backward pass so that no matrix product runs twice; rotations and the
+# SwiGLU product are computed again from these.
+MATRIX_PRODUCTS = ("query", "key", "value", "attn_o", "attn_lse", "normed", "scale", "gate", "up")
 
-
-def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * gain, statistics in fp32 (Zhang and Sennrich 2019, equation 4)."""
-    x32_BTD = x_BTD.astype(jnp.float32)
-    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * gain_D
+# The gain of a block's norm -> the matrices that multiply what it scales.
+SCALED_BY = {
+    "attention_norm_D": ("query_DNH", "key_DKH", "value_DKH"),
+    "swiglu_norm_D": ("gate_DF", "up_DF"),
+}
 
 
 def rope_tables(positions_BT: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
@@ -64,18 +65,9 @@ def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.A
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def dense(x_BTD: jax.Array, w_D: jax.Array) -> jax.Array:
-    """x w, (B, T, ...), for weights (D, ...) of any shape behind D.
-
-    All tokens are one axis in it: XLA on CPUs turns a matrix around, with a copy, for a product
-    that sums over two axes, as the gradient of w would over B and T.
-    """
-    D = x_BTD.shape[-1]
-    return (x_BTD.reshape(-1, D) @ w_D.reshape(D, -1)).reshape(*x_BTD.shape[:-1], *w_D.shape[1:])
-
-
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+    """x + attention(norm(x)), then x + swiglu(norm(x)); the gains stand in the matrices, by
+    `fold_gains`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, N, K = config.width, config.query_heads, config.kv_heads
@@ -86,55 +78,53 @@ class Block(nnx.Module):
             return nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
         into, out = init_std(config), residual_init_std(config)
-        self.attention_norm_D = nnx.Param(jnp.ones(D))
         self.query_DNH = normal(into, D, N, H)
         self.key_DKH = normal(into, D, K, H)
         self.value_DKH = normal(into, D, K, H)
         self.output_NHD = normal(out, N, H, D)
-        self.swiglu_norm_D = nnx.Param(jnp.ones(D))
         self.gate_DF = normal(into, D, F)
         self.up_DF = normal(into, D, F)
         self.down_FD = normal(out, F, D)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT, attention_backend):
-        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, rope)
+    def __call__(self, x_BTD, rope, segment_ids_BT, execution: ExecutionConfig):
+        x_BTD, q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, rope)
         with jax.named_scope("attention"):
             o_BTNH = attention(
                 checkpoint_name(q_BTNH, "query"),
                 checkpoint_name(k_BTKH, "key"),
                 checkpoint_name(v_BTKH, "value"),
                 segment_ids=segment_ids_BT,
-                backend=attention_backend,
+                backend=execution.attention,
             )
-        return self.above_attention(x_BTD, o_BTNH)
+        return self.above_attention(x_BTD, o_BTNH, execution)
 
-    def heads(self, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, rotated; what attention and a cache of it are made of."""
+    def heads(self, x_BTD, rope):
+        """The residual stream as it goes on; queries, keys and values, rotated: what attention and
+        a cache of it are made of."""
+        N, K, H = self.config.query_heads, self.config.kv_heads, self.config.head_width
+        weights = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
+        # One product for the three, or the backward pass would add up three gradients of what they
+        # multiply; for one token, to join them would copy the weights.
+        groups = (weights,) if x_BTD.shape[1] > 1 else tuple((w,) for w in weights)
         with jax.named_scope("attention"):
-            h_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.config.norm_eps)
-            heads = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-            if x_BTD.shape[1] == 1:
-                # To join them would copy the weights for one token.
-                q_BTNH, k_BTKH, v_BTKH = (dense(h_BTD, w_DNH) for w_DNH in heads)
-            else:
-                # One product for the three, or the backward pass would add up three gradients of h.
-                qkv_BTMH = dense(h_BTD, jnp.concatenate(heads, axis=1))
-                N, K = self.config.query_heads, self.config.kv_heads
-                q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
-            return rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
+            x_BTD, products = normed_products(x_BTD, None, groups, self.config.norm_eps)
+            qkv_BTMH = jnp.concatenate(products, axis=-1).reshape(*x_BTD.shape[:2], -1, H)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
+            return x_BTD, rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
 
-    def above_attention(self, x_BTD, o_BTNH) -> jax.Array:
+    def above_attention(self, x_BTD, o_BTNH, execution: ExecutionConfig = ExecutionConfig()):
         """The residual stream above the block, from that below it and what attention gave."""
         with jax.named_scope("attention"):
-            # The heads side by side as one axis, for the same reason as in `dense`.
+            # The heads side by side as one axis, for the same reason as in products.py.
             output_XD = self.output_NHD[...].reshape(-1, self.config.width)
-            x_BTD = x_BTD + dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), output_XD)
-            x_BTD = checkpoint_name(x_BTD, "middle")
+            y_BTD = dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), output_XD)
         with jax.named_scope("swiglu"):
-            h_BTD = rms_norm(x_BTD, self.swiglu_norm_D[...], self.config.norm_eps)
-            gate_BTF = checkpoint_name(dense(h_BTD, self.gate_DF[...]), "gate")
-            up_BTF = checkpoint_name(dense(h_BTD, self.up_DF[...]), "up")
-            return x_BTD + dense(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
+            groups = (self.gate_DF[...],), (self.up_DF[...],)
+            x_BTD, products = normed_products(x_BTD, y_BTD, groups, self.config.norm_eps)
+            gate_BTF, up_BTF = map(checkpoint_name, products, ("gate", "up"))
+            keep = execution.recompute == "nothing"
+            y_BTD: jax.Array = swiglu_product(gate_BTF, up_BTF, self.down_FD[...], keep)
+            return x_BTD + y_BTD
 
 
 class Llama(nnx.Module):
@@ -149,13 +139,16 @@ class Llama(nnx.Module):
             return Block(config, rngs=layer_rngs)
 
         self.blocks = nnx.vmap(block)(rngs.split(config.layers))
-        self.norm_D = nnx.Param(jnp.ones(D))
         self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
 
     def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
         """The residual stream above the last block, (B, T, D)."""
         x_BTD = embed({"embedding_VD": self.embedding_VD[...]}, tokens_BT, gather)
         layer = make_layer(self.config, execution, tokens_BT.shape[1], segment_ids_BT, gather)
+        if execution.recompute != "nothing":
+            policy = keep_matrix_products if execution.recompute == "elementwise" else None
+            # A scan holds the second time apart from the first by itself.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
         return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)[0]
@@ -178,23 +171,15 @@ def make_layer(
     T: int,
     segment_ids_BT: jax.Array | None = None,
     gather: Gather = whole,
-    in_scan: bool = True,
 ) -> Callable[[jax.Array, Weights], jax.Array]:
-    """`layer(x_BTD, weights of one block) -> x_BTD`, for rows of T tokens.
-
-    It keeps for its backward pass what `execution.recompute` allows. The rest is computed again,
-    which a scan holds apart from the first time; outside of one (`in_scan`) it is said.
-    """
+    """`layer(x_BTD, folded weights of one block) -> x_BTD`, for rows of T tokens."""
     rope, block = rope_tables(positions(T, segment_ids_BT), config), make_block(config)
 
     def layer(x_BTD, weights):
         weights = {name: gather(name, w) for name, w in weights.items()}
-        return block(weights)(x_BTD, rope, segment_ids_BT, execution.attention)
+        return block(weights)(x_BTD, rope, segment_ids_BT, execution)
 
-    if execution.recompute == "nothing":
-        return layer
-    policy = keep_matrix_products if execution.recompute == "elementwise" else None
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
+    return layer
 
 
 def keep_matrix_products(primitive: Primitive, *args, **params) -> bool:
@@ -205,7 +190,7 @@ def keep_matrix_products(primitive: Primitive, *args, **params) -> bool:
 
 
 def make_block(config: LlamaConfig) -> Callable[[Weights], Block]:
-    """`block(weights of one block) -> Block`."""
+    """`block(folded weights of one block) -> Block`."""
     definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
     return functools.partial(nnx.merge, definition)
 
@@ -222,7 +207,34 @@ def residual_init_std(config: LlamaConfig) -> float:
 
 def init_weights(config: LlamaConfig, key: jax.Array) -> Weights:
     """Fresh fp32 weights, a pure function of the key: jit it with out_shardings to shard them."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(params=key))))
+    weights = nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(params=key))))
+    gains = {name: jnp.ones((config.layers, config.width)) for name in SCALED_BY}
+    return weights | {"blocks": weights["blocks"] | gains, "norm_D": jnp.ones(config.width)}
+
+
+def fold_gains(weights: Weights) -> Weights:
+    """The weights as the modules take them: without gains, which are in the matrices after them.
+
+    (x / rms(x) gain) w = x / rms(x) (gain w), so that a norm multiplies nothing, and its gain's
+    gradient, which this function's derivative gives, takes no pass over all tokens. What has no
+    gains, blocks in a list too, stays as it is.
+    """
+
+    def scaled(gain_D, w_D):
+        return gain_D.reshape(gain_D.shape + (1,) * (w_D.ndim - gain_D.ndim)) * w_D
+
+    def fold(block: Weights) -> Weights:
+        block = dict(block)
+        for gain, matrices in SCALED_BY.items():
+            if (gain_D := block.pop(gain, None)) is not None:
+                block |= {name: scaled(gain_D, block[name]) for name in matrices}
+        return block
+
+    folded, blocks = dict(weights), weights["blocks"]
+    folded["blocks"] = [fold(b) for b in blocks] if isinstance(blocks, list) else fold(blocks)
+    if (gain_D := folded.pop("norm_D", None)) is not None:
+        folded["head_DV"] = scaled(gain_D, folded["head_DV"])
+    return folded
 
 
 def abstract_weights(config: LlamaConfig) -> Weights:
@@ -248,15 +260,18 @@ def apply(
         position counts from there.
       execution: how.
     """
+    weights = fold_gains(weights)
     x_BTD = _merged(config, weights).hidden(tokens_BT, segment_ids_BT, execution, whole)
     return _logits(config, weights, x_BTD)
 
 
 def for_decoding(weights: Weights) -> Weights:
-    """The weights as `prefill` and `decode` take them: with a list of blocks, which share nothing.
+    """The weights as `prefill` and `decode` take them: folded, with a list of blocks, which share
+    nothing.
 
     Cut out of all layers' weights where it is used, a matrix would be copied for every token.
     """
+    weights = fold_gains(weights)
     return weights | {"blocks": unstack(weights["blocks"])}
 
 
@@ -295,7 +310,7 @@ def prefill(
     free = ((0, 0), (0, 0), (0, columns - T), (0, 0))
     x_BTD, keys, values = embed(weights, tokens_BT), [], []
     for layer in map(block, weights["blocks"]):
-        q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
+        x_BTD, q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
         with jax.named_scope("attention"):
             o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
         x_BTD = layer.above_attention(x_BTD, o_BTNH)
@@ -329,7 +344,7 @@ def decode(
     x_B1D, keys, values = embed(weights, tokens_B[:, None]), [], []
     layers = zip(map(block, weights["blocks"]), cache.keys_BKSH, cache.values_BKSH, strict=True)
     for layer, k_BKSH, v_BKSH in layers:
-        q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
+        x_B1D, q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
         keys.append(k_BKSH.at[:, :, column].set(k_B1KH[:, 0]))
         values.append(v_BKSH.at[:, :, column].set(v_B1KH[:, 0]))
         with jax.named_scope("attention"):
@@ -369,16 +384,29 @@ def loss(
     Returns:
       As `next_token_loss`.
     """
+    weights = fold_gains(weights)
     x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], segment_ids_BT, execution, gather)
     return head_loss(config, weights, x_BTD, tokens_BS, weights_BT, gather)
 
 
 def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, gather=whole):
-    """What `loss` returns, from the residual stream above the last block."""
+    """What `loss` returns, by folded weights from the residual stream above the last block."""
     with jax.named_scope("head"):
-        x_BTD = rms_norm(x_BTD, gather("norm_D", weights["norm_D"]), config.norm_eps)
+        h_BTD, _ = rms_norm(x_BTD, config.norm_eps)
         head_DV = gather("head_DV", weights["head_DV"])
-        return next_token_loss(x_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+        return next_token_loss(h_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+
+
+def head_gradients(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, sums):
+    """What `head_loss` returns, the gradient of x, and `sums`: a dict of fp32 gradients of the
+    weights, with theirs added."""
+    with jax.named_scope("head"):
+        h_BTD, back = jax.vjp(lambda x_BTD: rms_norm(x_BTD, config.norm_eps)[0], x_BTD)
+        loss, dh_BTD, dhead_DV, _ = next_token_gradients(
+            h_BTD, weights["head_DV"], tokens_BS[:, 1:], weights_BT, sums["head_DV"]
+        )
+        (dx_BTD,) = back(dh_BTD)
+        return loss, jnp.sum(weights_BT), dx_BTD, sums | {"head_DV": dhead_DV}
 
 
 def next_token_scores(
@@ -398,16 +426,17 @@ def next_token_scores(
     Returns:
       As `target_scores`, (B, T) each.
     """
+    weights = fold_gains(weights)
     x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, whole)
     with jax.named_scope("head"):
-        x_BTD = rms_norm(x_BTD, weights["norm_D"], config.norm_eps)
-        return target_scores(x_BTD, weights["head_DV"], tokens_BS[:, 1:])
+        h_BTD, _ = rms_norm(x_BTD, config.norm_eps)
+        return target_scores(h_BTD, weights["head_DV"], tokens_BS[:, 1:])
 
 
 def _logits(config: LlamaConfig, weights: Weights, x: jax.Array) -> jax.Array:
     """Of any positions, (..., V), from the residual stream above the last block."""
     with jax.named_scope("head"):
-        return rms_norm(x, weights["norm_D"], config.norm_eps) @ weights["head_DV"]
+        return rms_norm(x, config.norm_eps)[0] @ weights["head_DV"]
 
 
 def _merged(config: LlamaConfig, weights: Weights) -> Llama:

@@ -60,6 +60,10 @@ def make_gradients(
     def add_by_layer(sums: Sums, buckets: list[Bucket], batch: Batch, leave=_identity) -> Sums:
         """As `add`, each layer on its own; what `leave` makes of a bucket's gradients is kept.
 
+        Gradients of weights in fp32 are products in fp32, which add onto the sums where they lie.
+        That the weights came out of a narrower dtype, to be multiplied in it, the compiler finds:
+        nothing is converted.
+
         Without a word of when, the compiler works out all layers first, and has nothing left to do
         while gradients leave, nor memory for what they are made of. So the layer below waits until
         this one's gradients are there, and those of the layer above have left.
@@ -71,24 +75,35 @@ def make_gradients(
         def embed(below):
             return llama.embed(below, tokens_BS[:, :-1])
 
-        def head(above, x_BTD):
-            return llama.head_loss(model, above, x_BTD, tokens_BS, weights_BT)
+        layer = llama.make_layer(model, execution, weights_BT.shape[1], documents(tokens_BS))
 
-        T, segment_ids_BT = weights_BT.shape[1], documents(tokens_BS)
-        layer = llama.make_layer(model, execution, T, segment_ids_BT, in_scan=False)
+        def through(x_BTD, bucket):
+            """The stream above a layer, and the layer's backward pass."""
+            if execution.recompute != "layers":
+                return jax.vjp(layer, x_BTD, _fp32(bucket))
+
+            def back(dx_BTD):
+                # Or the compiler finds that it has computed the layer before, and keeps it.
+                x_again_BTD, dx_BTD = jax.lax.optimization_barrier((x_BTD, dx_BTD))
+                return jax.vjp(layer, x_again_BTD, _fp32(bucket))[1](dx_BTD)
+
+            return layer(x_BTD, bucket), back
+
         x_BTD, back_embed = jax.vjp(embed, below)
         back_layers = []
         for bucket in layers:
-            x_BTD, back = jax.vjp(layer, x_BTD, bucket)
+            x_BTD, back = through(x_BTD, bucket)
             back_layers.append(back)
-        loss, back_head, targets = jax.vjp(head, above, x_BTD, has_aux=True)
+        loss, targets, dx_BTD, sums_above = llama.head_gradients(
+            model, above, x_BTD, tokens_BS, weights_BT, sums_above
+        )
 
-        grads, dx_BTD = back_head(jnp.ones(()))
-        left = [leave(_sum(sums_above, grads))]
+        left = [leave(sums_above)]
         for back, sums_layer in zip(back_layers[::-1], sums_layers[::-1], strict=True):
             dx_BTD, grads = back(dx_BTD)
-            dx_BTD, grads, left[-1] = jax.lax.optimization_barrier((dx_BTD, grads, left[-1]))
-            left.append(leave(_sum(sums_layer, grads)))
+            here = dx_BTD, _sum(sums_layer, grads), left[-1]
+            dx_BTD, sums_layer, left[-1] = jax.lax.optimization_barrier(here)
+            left.append(leave(sums_layer))
         left.append(leave(_sum(sums_below, *back_embed(dx_BTD))))
         return losses + loss, count + targets, left[::-1]
 
@@ -124,7 +139,8 @@ def make_gradients(
         return _with_joined(sums)
 
     def mean_gradients(weights, tokens_ABS, weights_ABT):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        folded, unfold = jax.vjp(llama.fold_gains, weights)
+        weights = jax.tree.map(lambda w: w.astype(dtype), folded)
         batches = tokens_ABS, weights_ABT
         if execution.gather == "layer":
             losses, count, grads = sums_in_loop(weights, batches, _gather_one)
@@ -136,7 +152,8 @@ def make_gradients(
         else:
             losses, count, grads = sums_in_loop(weights, batches)
         losses, count = jax.lax.psum((losses, count), BATCH_AXES)
-        return losses / count, jax.tree.map(lambda g: g / count, grads)
+        (grads,) = unfold(jax.tree.map(lambda g: g / count, grads))
+        return losses / count, grads
 
     weights = llama.abstract_weights(config.model)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings(weights, mesh))

@@ -1,0 +1,168 @@
+"""The matrix products of a block, each with what stands before it, forward and backward.
+
+What is kept for the backward pass are operands and results of products. All else is quick to
+compute from these, on the way to gradients that are needed anyway.
+
+The gradient of a weight is summed in fp32 and rounded to the dtype that the weight has: weights in
+fp32 are multiplied in the dtype of x, and have their gradients unrounded.
+
+Shapes: B batch, T tokens, M = B T, D width, F SwiGLU width, X all that a token gets of a product.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from tinyllama_jax.model.norm import add_norm, norm_gradient, rms_norm
+
+Groups = tuple[tuple[jax.Array, ...], ...]
+"""Weights (D, ...), those of a group multiplied as one matrix."""
+
+
+@jax.custom_vjp
+def dense(x_BTD: jax.Array, w_D: jax.Array) -> jax.Array:
+    """x w, (B, T, ...), for weights (D, ...) of any shape behind D, in the dtype of x."""
+    return _product(x_BTD, w_D).reshape(*x_BTD.shape[:-1], *w_D.shape[1:])
+
+
+def _dense_forward(x_BTD, w_D):
+    return dense(x_BTD, w_D), (x_BTD, w_D)
+
+
+def _dense_backward(residuals, dy_BT):
+    x_BTD, w_D = residuals
+    return _dx(dy_BT, w_D), _dw(x_BTD, dy_BT, w_D)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def normed_products(
+    x_BTD: jax.Array, y_BTD: jax.Array | None, groups: Groups, eps: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """x + y, the residual stream; and (x + y) / rms(x + y) w, (B, T, X), for each group of weights.
+
+    The backward pass wants the norm's result, and nothing of the stream.
+
+    Args:
+      x_BTD: the stream below.
+      y_BTD: what is added to it; None: nothing.
+      groups: the weights, the norm's gain in them.
+      eps: the norm's.
+    """
+    found: tuple[jax.Array, tuple[jax.Array, ...]] = _normed_products(x_BTD, y_BTD, groups, eps)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normed_products(x_BTD, y_BTD, groups, eps):
+    if y_BTD is not None:
+        x_BTD = x_BTD + y_BTD
+    h_BTD, _ = rms_norm(x_BTD, eps)
+    return x_BTD, tuple(_product(h_BTD, _joined(group)) for group in groups)
+
+
+def _normed_forward(x_BTD, y_BTD, groups, eps):
+    if y_BTD is None:
+        h_BTD, scale_BT = rms_norm(x_BTD, eps)
+    else:
+        x_BTD, h_BTD, scale_BT = add_norm(x_BTD, y_BTD, eps)
+        h_BTD, scale_BT = checkpoint_name(h_BTD, "normed"), checkpoint_name(scale_BT, "scale")
+    products = tuple(_product(h_BTD, _joined(group)) for group in groups)
+    return (x_BTD, products), (h_BTD, scale_BT, groups, None if y_BTD is None else ())
+
+
+def _normed_backward(eps, residuals, gradients):
+    h_BTD, scale_BT, groups, y = residuals
+    dx_BTD, dproducts = gradients
+    pairs = list(zip(groups, dproducts, strict=True))
+    dhs_BTD = tuple(_dx(dy_BTX, _joined(group)) for group, dy_BTX in pairs)
+    dx_BTD = norm_gradient(h_BTD, scale_BT, dhs_BTD, dx_BTD)
+    dgroups = tuple(_split(_dw(h_BTD, dy_BTX, _joined(group)), group) for group, dy_BTX in pairs)
+    return dx_BTD, None if y is None else dx_BTD, dgroups
+
+
+_normed_products.defvjp(_normed_forward, _normed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def swiglu_product(
+    gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array, keep: bool
+) -> jax.Array:
+    """(silu(gate) up) down, (B, T, D) (Shazeer 2020, equation 6).
+
+    Args:
+      gate_BTF: what goes through silu.
+      up_BTF: what it is multiplied with.
+      down_FD: the weights.
+      keep: keeps silu(gate) up for the backward pass, instead of computing it again there.
+    """
+    return _product(_swiglu(gate_BTF, up_BTF), down_FD)
+
+
+def _swiglu(gate_BTF, up_BTF):
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def _swiglu_forward(gate_BTF, up_BTF, down_FD, keep):
+    h_BTF = _swiglu(gate_BTF, up_BTF)
+    return _product(h_BTF, down_FD), (gate_BTF, up_BTF, h_BTF if keep else None, down_FD)
+
+
+def _swiglu_backward(keep, residuals, dy_BTD):
+    gate_BTF, up_BTF, kept_BTF, down_FD = residuals
+    dh_BTF = _dx(dy_BTD, down_FD)
+    if not keep:
+        # Or the compiler finds that it has computed it before, and keeps it.
+        gate_BTF, up_BTF, dh_BTF = jax.lax.optimization_barrier((gate_BTF, up_BTF, dh_BTF))
+    h_BTF, back = jax.vjp(_swiglu, gate_BTF, up_BTF)
+    return *back(dh_BTF), _dw(kept_BTF if keep else h_BTF, dy_BTD, down_FD)
+
+
+swiglu_product.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+# All tokens are one axis in a product: XLA on CPUs turns a matrix around, with a copy, for one that
+# sums over two axes, as the gradient of a weight would over B and T.
+
+
+def _product(x_BTD, w_D):
+    """x w, (B, T, X), in the dtype of x."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    y_MX = x_MD @ w_D.reshape(len(w_D), -1).astype(x_BTD.dtype)
+    return y_MX.reshape(*x_BTD.shape[:-1], -1)
+
+
+def _dx(dy_BT, w_D):
+    """The gradient of x in x w, (B, T, D)."""
+    w_DX = w_D.reshape(len(w_D), -1).astype(dy_BT.dtype)
+    dy_MX = dy_BT.reshape(-1, w_DX.shape[1])
+    dx_MD = jax.lax.dot_general(dy_MX, w_DX, (((1,), (1,)), ((), ())))
+    return dx_MD.reshape(*dy_BT.shape[:2], -1)
+
+
+def _dw(x_BTD, dy_BT, w_D):
+    """The gradient of w in x w, in its shape and dtype."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    dy_MX = dy_BT.reshape(len(x_MD), -1)
+    dw_DX = jax.lax.dot_general(
+        x_MD, dy_MX, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return dw_DX.reshape(w_D.shape).astype(w_D.dtype)
+
+
+def _joined(group: tuple[jax.Array, ...]) -> jax.Array:
+    """The weights of a group side by side, (D, X)."""
+    if len(group) == 1:
+        return group[0].reshape(len(group[0]), -1)
+    return jnp.concatenate([w.reshape(len(w), -1) for w in group], axis=1)
+
+
+def _split(joined_DX: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """What `_joined` has joined, in the shapes of the group."""
+    stops = itertools.accumulate(w.size // len(w) for w in group[:-1])
+    parts = jnp.split(joined_DX, list(stops), axis=1)
+    return tuple(part.reshape(w.shape) for part, w in zip(parts, group, strict=True))
