@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import jax
 from jax.sharding import Mesh
 
 from tinyllama_jax.config import LlamaConfig, UserError, require
@@ -18,7 +17,6 @@ from tinyllama_jax.inference.huggingface import read_json
 from tinyllama_jax.inference.litgpt import open_litgpt
 from tinyllama_jax.inference.model_card import RunFacts
 from tinyllama_jax.inference.tensors import unread_layers, unread_weights
-from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights, abstract_weights
 from tinyllama_jax.runtime.checkpoint import Checkpoints, is_run, open_checkpoint
 from tinyllama_jax.runtime.mesh import on_every_device
@@ -39,8 +37,7 @@ class Model:
     def for_decoding(self, mesh: Mesh) -> Weights:
         """The weights as `generate` takes them without a copy: read layer by layer, in fp32, and
         whole on each device. Raises `UserError` if they are damaged."""
-        weights = on_every_device(unread_layers(self.weights), mesh, "float32")
-        return jax.jit(llama.fold_gains, donate_argnums=0)(weights)
+        return on_every_device(unread_layers(self.weights), mesh, "float32")
 
 
 def open_run(run: Path, step: int | None, metrics: Mapping[int, dict[str, Any]]) -> Model:

@@ -76,6 +76,9 @@ def tensors(config: LlamaConfig) -> dict[str, Tensor]:
     return table
 
 
+GAINS = {"norm_D", *llama.SCALED_BY}
+
+
 @dataclasses.dataclass(frozen=True)
 class Unread:
     """A weight that lies on disk: `weight[layer]` reads a layer, `np.asarray` all, each time anew.
@@ -85,6 +88,15 @@ class Unread:
 
     shape: tuple[int, ...]
     read: Callable[[Any], np.ndarray]
+
+    __array_ufunc__ = None  # NumPy leaves products to __rmul__, instead of reading
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __rmul__(self, factor: np.ndarray) -> "Unread":
+        return Unread(self.shape, lambda index: factor * self.read(index))
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self.read(index)
@@ -108,13 +120,17 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
 
 
 def unread_layers(weights: Weights) -> Weights:
-    """`Unread` weights as `llama.for_decoding` has them: a list of blocks, still unread."""
+    """`Unread` weights as `llama.for_decoding` has them, all but the norms' gains still unread."""
 
     def layers_of(weight: Unread) -> list[Unread]:
         count, *shape = weight.shape
         return [Unread(tuple(shape), lambda _, i=i: weight[i]) for i in range(count)]
 
-    return weights | {"blocks": llama.unstack(weights["blocks"], layers_of)}
+    def read_gains(weights: Weights) -> Weights:
+        return {n: np.asarray(w) if n in GAINS else w for n, w in weights.items()}
+
+    blocks = map(read_gains, llama.unstack(weights["blocks"], layers_of))
+    return llama.fold_gains(read_gains(weights) | {"blocks": list(blocks)})
 
 
 def unread_tensors(config: LlamaConfig, read: Callable[[str], np.ndarray]) -> Weights:
