@@ -13,6 +13,8 @@ import dataclasses
 import re
 from collections import Counter
 
+import jax
+
 import running
 from tinyllama_jax.config import OptimizerConfig, require
 from tinyllama_jax.runtime.mesh import make_mesh
@@ -53,6 +55,7 @@ def main(options: Options) -> int:
     require(
         options.model in running.MODELS, f"--model is {options.model!r}: give 1b, 120m or tiny."
     )
+    jax.config.update("jax_platforms", "cpu")  # a CUDA plugin that finds no GPU would end here
     import ours
 
     rows = options.micro_rows * options.micro_batches * devices

@@ -35,6 +35,7 @@ class Resources(NamedTuple):
     spills: int
     shared_memory: int
     ptx: str
+    machine_code: bytes
 
 
 @contextlib.contextmanager
@@ -62,16 +63,26 @@ def _recorded() -> Iterator[dict[str, Resources]]:
 def _assemble(ptx: str, shared_memory: int) -> Resources:
     """Runs the assembler that Triton brings along."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={target}", file.name]
+    with tempfile.TemporaryDirectory() as folder:
+        source, assembled = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={target}", str(source)]
         log = subprocess.run(
-            [*command, "-o", "/dev/null"], check=True, capture_output=True, text=True
+            [*command, "-o", str(assembled)], check=True, capture_output=True, text=True
         ).stderr
+        machine_code = assembled.read_bytes()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spills = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    return Resources(registers, spills, shared_memory, ptx)
+    return Resources(registers, spills, shared_memory, ptx, machine_code)
+
+
+def disassemble(machine_code: bytes) -> str:
+    """By the disassembler that Triton brings along."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager

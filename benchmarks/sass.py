@@ -1,0 +1,100 @@
+"""Machine code of NVIDIA GPUs as its disassembler writes it: inner loops and what they ask for.
+
+Which unit an instruction keeps busy is as in Nsight Compute's Kernel Profiling Guide, "Pipelines";
+numbers are of one warp.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+from tinyllama_jax.config import require
+
+# Unit -> instructions, by their names up to the first dot.
+_NAMES = {
+    "tensor": "HMMA HGMMA",
+    "MUFU": "MUFU F2F F2I I2F",
+    "FP32": "FADD FFMA FMUL",
+    "IMAD": "IMAD",
+    "ALU": """F2FP FMNMX FSEL FSETP IABS IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 PRMT R2P SEL SHF
+        VIADD VIADDMNMX VIMNMX""",
+    "shared": "LDS LDSM LDGSTS SHFL STS STSM",
+    "uniform": """R2UR UBLKCP UFLO UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UMOV UPLOP3 UPRMT USEL USGXT
+        USHF UTMALDG""",
+    "other": """BAR BRA BSSY BSYNC CALL CS2R DEPBAR ELECT ERRBAR FENCE LDC LDG LDGDEPBAR MEMBAR NOP
+        S2R S2UR STG SYNCS VOTE VOTEU WARPGROUP WARPSYNC YIELD""",
+}
+UNITS = {name: unit for unit, names in _NAMES.items() for name in names.split()}
+LANES = 32
+
+
+@dataclasses.dataclass
+class Loop:
+    """One turn of a loop: instructions by unit and by whole name, FLOP of the tensor cores, and
+    bytes that shared memory gives or takes."""
+
+    instructions: Counter[str]
+    names: Counter[str]
+    flop: int
+    shared_bytes: int
+
+
+def inner_loops(listing: str) -> list[Loop]:
+    """The innermost loops that use tensor cores, in their order in the listing.
+
+    Raises:
+      UserError: an instruction that `UNITS` does not know.
+    """
+    labels, lines = {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(found[1])
+    spans = []
+    for last, line in enumerate(lines):
+        target = re.search(r"\bBRA.*\((\.L_\w+)\)", line)
+        if target and labels.get(target[1], last + 1) <= last:
+            body = lines[labels[target[1]] : last + 1]
+            if any("MMA." in line for line in body):
+                spans.append((labels[target[1]], last))
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
+    ]
+    return [_read(lines[first : last + 1]) for first, last in sorted(inner)]
+
+
+def _read(body: list[str]) -> Loop:
+    loop = Loop(Counter(), Counter(), 0, 0)
+    for line in body:
+        never = line.startswith("@!PT ")  # there for its place alone
+        name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", line).partition(" ")
+        base = name.split(".")[0]
+        require(base in UNITS, f"{line}: which unit does {base} use? Add it to benchmarks/sass.py.")
+        loop.instructions["other" if never else UNITS[base]] += 1
+        loop.names[name] += 1
+        flop, size = _product(name, operands) if UNITS[base] == "tensor" else (0, 0)
+        loop.flop += flop
+        if UNITS[base] == "shared" and not never:
+            size = LANES * _bytes_of_lane(base, name)
+        loop.shared_bytes += size
+    return loop
+
+
+def _product(name: str, operands: str) -> tuple[int, int]:
+    """FLOP, and bytes read of shared memory, by one warp; inputs have 2 bytes."""
+    if wide := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", name):  # four warps together
+        m, n, k = map(int, wide.groups())
+        left_is_shared = operands.split(", ")[1].startswith("gdesc")
+        return 2 * m * n * k // 4, 2 * k * (n + m * left_is_shared) // 4
+    m, n, k = {"16816": (16, 8, 16), "1688": (16, 8, 8)}[name.split(".")[1]]
+    return 2 * m * n * k, 0
+
+
+def _bytes_of_lane(base: str, name: str) -> int:
+    if base in ("LDSM", "STSM"):  # 8 x 8 numbers, 1, 2 or 4 times
+        return 4 * int(re.search(r"\.([24])$", name)[1]) if name[-1] in "24" else 4
+    wide = re.search(r"\.(64|128)\b", name)
+    return int(wide[1]) // 8 if wide else 4
