@@ -37,12 +37,23 @@ def _softmax_weights(scores_RC, shift, call):
     if call.interpret:
         return jnp.exp2(scores_RC * call.scale_log2 - shift_RC)
     scale_RC = jnp.full(scores_RC.shape, call.scale_log2, jnp.float32)
+    # The assembler makes the negation a part of the next instruction; XLA would take one for it.
+    code = "neg.ftz.f32 x, $3; fma.rn.ftz.f32 x, $1, $2, x; ex2.approx.ftz.f32 $0, x;"
+    return _assembled(code, scores_RC, scale_RC, shift_RC)
+
+
+def _exp2(x, call):
+    return jnp.exp2(x) if call.interpret else _assembled("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def _assembled(code: str, *arguments):
+    """`code` of PTX for each number, with a register x: $0 is the result, $1 the first argument."""
     return plgpu.elementwise_inline_asm(
-        "{ .reg .f32 x; fma.rn.ftz.f32 x, $1, $2, $3; ex2.approx.ftz.f32 $0, x; }",
-        args=[scores_RC, scale_RC, -shift_RC],
-        constraints="=f,f,f,f",
+        f"{{ .reg .f32 x; {code} }}",
+        args=arguments,
+        constraints=",".join(["=f", *"f" * len(arguments)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(scores_RC.shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)],
     )[0]
 
 
@@ -87,13 +98,13 @@ def _forward(call, tile, first_row, walk, segments_ref, q_ref, k_ref, v_ref, o_r
             keys = _tokens(segments_ref, first_column, tile.columns, axis=1)
             visible_RC = _visible(queries, keys, call.causal, call.length)
             scores_RC = jnp.where(visible_RC, scores_RC, LOWEST)
-        new_peak_R = jnp.maximum(peak_R, jnp.max(scores_RC, axis=1))
-        weights_RC = _softmax_weights(scores_RC, (new_peak_R * call.scale_log2)[:, None], call)
+        new_peak_R = jnp.maximum(peak_R, jnp.max(scores_RC, axis=1) * call.scale_log2)
+        weights_RC = _softmax_weights(scores_RC, new_peak_R[:, None], call)
         # A row that has seen nothing yet has LOWEST for its peak. Without documents all rows have
         # seen the first column when they come to a mask.
         if masked and segments_ref is not None:
             weights_RC = jnp.where(visible_RC, weights_RC, 0.0)
-        shrink_R = jnp.exp2((peak_R - new_peak_R) * call.scale_log2)
+        shrink_R = _exp2(peak_R - new_peak_R, call)
         v_CH = plgpu.load(v_ref.at[columns, :])
         o_RH = o_RH * shrink_R[:, None] + _dot(weights_RC.astype(v_CH.dtype), v_CH)
         return o_RH, new_peak_R, total_R * shrink_R + jnp.sum(weights_RC, axis=1)
@@ -102,7 +113,7 @@ def _forward(call, tile, first_row, walk, segments_ref, q_ref, k_ref, v_ref, o_r
     carry = (jnp.zeros(q_RH.shape, jnp.float32), zeros_R + LOWEST, zeros_R)
     o_RH, peak_R, total_R = walk(step, carry)
     plgpu.store(o_ref, (o_RH * (1 / total_R)[:, None]).astype(o_ref.dtype))
-    plgpu.store(lse_ref, peak_R * call.scale_log2 + jnp.log2(total_R))
+    plgpu.store(lse_ref, peak_R + jnp.log2(total_R))
 
 
 def _dq(call, tile, first_row, walk, segments_ref, *refs):

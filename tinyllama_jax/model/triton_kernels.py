@@ -128,20 +128,20 @@ def flash_forward(
                     DOCUMENTS,
                 )
                 scores_RC = tl.where(visible_RC, scores_RC, LOWEST)
-            new_peak_R = tl.maximum(peak_R, tl.max(scores_RC, axis=1))
-            weights_RC = tl.exp2(scores_RC * SCALE_LOG2 - (new_peak_R * SCALE_LOG2)[:, None])
+            new_peak_R = tl.maximum(peak_R, tl.max(scores_RC, axis=1) * SCALE_LOG2)
+            weights_RC = tl.exp2(scores_RC * SCALE_LOG2 - new_peak_R[:, None])
             # A row that has seen nothing yet has LOWEST for its peak; the first columns of a row
             # without documents are seen by all.
             if DOCUMENTS and section != FULL:
                 weights_RC = tl.where(visible_RC, weights_RC, 0.0)
-            shrink_R = tl.exp2((peak_R - new_peak_R) * SCALE_LOG2)
+            shrink_R = tl.exp2(peak_R - new_peak_R)
             v_CH = _load_tile(v, batch * T + first_column, head // (N // K), K, H, C, TMA)
             o_RH = o_RH * shrink_R[:, None] + _dot(weights_RC.to(v_CH.dtype), v_CH)
             total_R = total_R * shrink_R + tl.sum(weights_RC, axis=1)
             peak_R = new_peak_R
 
     _store_tile(o, o_RH * (1 / total_R)[:, None], batch * T + first_row, head, N, H, R)
-    lse_R = peak_R * SCALE_LOG2 + tl.log2(total_R)
+    lse_R = peak_R + tl.log2(total_R)
     tl.store(lse + (batch * N + head).to(tl.int64) * T + rows_R, lse_R)
 
 
