@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import running
 from kernel_resources import KERNELS, Resources, disassemble, resources_of_program
-from sass import LANES, UNITS, Loop, inner_loops
+from sass import LANES, Loop, inner_loops
 from tinyllama_jax.config import require
 from tinyllama_jax.model.attention import COMPUTE_CAPABILITY
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents
@@ -60,8 +60,9 @@ LEGEND = [
     "warp), other (loads, barriers, waits, branches; products), all.",
     "Clocks of a multiprocessor for 1,000 scores, if a unit alone were waited for; issue: four "
     "warps start an instruction in a clock.",
-    "TFLOP/s at the data sheet's clock (and share of its peak) if all units work at once, if the "
-    "tensor cores and all others take turns, and if each unit waits for all others.",
+    "TFLOP/s at the data sheet's clock (and share of its peak) if all units work at once, if "
+    "products (tensor cores and shared memory) and the rest take turns, and if each unit waits for "
+    "all others.",
     "causal: both loops as often as a row of the context needs them; operations that the mask "
     "hides do not count. Backward: dQ and dK/dV do seven products, and five count.",
     "Blocks: how many a multiprocessor can hold at once.",
@@ -129,7 +130,7 @@ class Counts:
     def instructions(self, loop: str) -> dict[str, float]:
         """Of a thread for a score, by unit."""
         found = self.loops[loop].instructions
-        return {unit: found[unit] / (self.scores_of_warp / LANES) for unit in set(UNITS.values())}
+        return {unit: LANES * n / self.scores_of_warp for unit, n in found.items()}
 
     def clocks(self, loop: str) -> dict[str, float]:
         """Of a multiprocessor for a score, by unit."""
@@ -138,7 +139,7 @@ class Counts:
         of["tensor"] = found.flop / rates["tensor"]
         of["shared"] = found.shared_bytes / rates["shared"]
         of["FMA"] = of.pop("FP32") + of.pop("IMAD")
-        of["issue"] = found.instructions.total() / SCHEDULERS
+        of["issue"] = sum(found.instructions.values()) / SCHEDULERS
         return {unit: clocks / self.scores_of_warp for unit, clocks in of.items()}
 
 
@@ -188,11 +189,12 @@ def blocks_of_multiprocessor(found: Resources, warps: int, target: Target) -> in
 
 
 def bounds(clocks: Mapping[str, float]) -> tuple[float, float, float]:
-    """Clocks if all units work at once, if the tensor cores and the rest take turns, and if each
-    unit waits for all others."""
-    rest = [clocks[unit] for unit in clocks if unit != "tensor"]
+    """Clocks if all units work at once, if products take turns with the rest, and if each unit
+    waits for all others. Tensor cores are fed from shared memory while they work."""
+    products = max(clocks["tensor"], clocks["shared"])
+    softmax = max(clocks[unit] for unit in ("MUFU", "FMA", "ALU", "issue"))
     alone = sum(clocks[unit] for unit in clocks if unit != "issue")
-    return max(clocks.values()), clocks["tensor"] + max(rest), alone
+    return max(products, softmax), products + softmax, alone
 
 
 def causal_bounds(counts: list[Counts]) -> list[float]:

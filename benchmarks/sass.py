@@ -33,8 +33,8 @@ class Loop:
     """One turn of a loop: instructions by unit and by whole name, FLOP of the tensor cores, and
     bytes that shared memory gives or takes."""
 
-    instructions: Counter[str]
-    names: Counter[str]
+    instructions: dict[str, int]
+    names: dict[str, int]
     flop: int
     shared_bytes: int
 
@@ -67,20 +67,21 @@ def inner_loops(listing: str) -> list[Loop]:
 
 
 def _read(body: list[str]) -> Loop:
-    loop = Loop(Counter(), Counter(), 0, 0)
+    instructions, names, flop, shared_bytes = Counter(dict.fromkeys(_NAMES, 0)), Counter(), 0, 0
     for line in body:
         never = line.startswith("@!PT ")  # there for its place alone
         name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", line).partition(" ")
         base = name.split(".")[0]
         require(base in UNITS, f"{line}: which unit does {base} use? Add it to benchmarks/sass.py.")
-        loop.instructions["other" if never else UNITS[base]] += 1
-        loop.names[name] += 1
-        flop, size = _product(name, operands) if UNITS[base] == "tensor" else (0, 0)
-        loop.flop += flop
-        if UNITS[base] == "shared" and not never:
-            size = LANES * _bytes_of_lane(base, name)
-        loop.shared_bytes += size
-    return loop
+        instructions["other" if never else UNITS[base]] += 1
+        names[name] += 1
+        if UNITS[base] == "tensor":
+            more_flop, size = _product(name, operands)
+            flop += more_flop
+            shared_bytes += size
+        elif UNITS[base] == "shared" and not never:
+            shared_bytes += LANES * _bytes_of_lane(base, name)
+    return Loop(dict(instructions), dict(names), flop, shared_bytes)
 
 
 def _product(name: str, operands: str) -> tuple[int, int]:
