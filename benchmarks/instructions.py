@@ -1,6 +1,6 @@
 """What bounds the attention kernels on paper: instructions a score in their loops, unit by unit.
 
-    pip install -e '.[plan,test]'
+    pip install -e '.[plan]'
     python benchmarks/instructions.py                     # on an A100 and an H100
     python benchmarks/instructions.py --search flash_dq   # all tiles that --tune of attention.py
                                                           # would try and that spill nothing

@@ -162,7 +162,9 @@ def test_candidates_hold_what_the_table_has(tuning):
         for kernel in tuning.KERNELS:
             found = tuning.candidates(kernel, *row)
             assert getattr(tiles, kernel) in found
-            assert 20 < len(found) < 120
+            assert 15 < len(found) < 120
+            if row[1:3] == ("H100", "bfloat16"):  # what two groups of warps would compute twice
+                assert not [t for t in found if t.rows == 64 and t.warps == 8]
             if row[3] == 128:  # more than its 4 warps can hold
                 assert not [t for t in found if t.rows == t.columns == 128 and t.warps == 4]
 

@@ -1,7 +1,11 @@
 """Machine code is read right, and what the attention kernels' loops hold is what is meant."""
 
+import dataclasses
+
 import pytest
 
+import instructions
+from kernel_resources import Resources
 from sass import inner_loops
 from tinyllama_jax.config import UserError
 from tinyllama_jax.model.tiles import TILES
@@ -66,6 +70,26 @@ def test_an_instruction_of_no_unit_is_an_error():
         )
 
 
+def test_bounds_of_units_that_work_at_once_in_turns_and_one_by_one():
+    clocks = {"tensor": 60, "shared": 70, "MUFU": 64, "FMA": 20, "ALU": 30, "issue": 65}
+    assert instructions.bounds(clocks) == (70, 70 + 65, 60 + 70 + 64 + 20 + 30)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_memory", "warps", "blocks"),
+    [
+        (255, 49_152, 4, 2),  # by registers: 32,768 of 65,536
+        (73, 0, 4, 6),  # a thread takes them by eight
+        (32, 101_000, 8, 1),  # by shared memory: 1 KiB goes to the system
+        (16, 0, 8, 8),  # by threads: 2,048
+    ],
+)
+def test_blocks_of_a_multiprocessor(registers, shared_memory, warps, blocks):
+    found = Resources(registers, 0, shared_memory, "", b"")
+    target = dataclasses.replace(instructions.A100_40G, shared_memory=203_000)
+    assert instructions.blocks_of_multiprocessor(found, warps, target) == blocks
+
+
 PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 
 
@@ -74,8 +98,6 @@ PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 @pytest.mark.parametrize("chip", ["A100", "H100"])
 def test_loops_hold_what_a_score_needs(chip, kernel):
     """One exponential, one product and sum before it, and a choice only where something hides."""
-    import instructions
-
     tile = getattr(TILES["pallas", chip, "bfloat16", 64], instructions.FIELDS[kernel])
     counts = instructions.count("pallas", kernel, chip, tile, 64, 2048)
     scores = counts.scores_of_warp / 32  # of a thread
