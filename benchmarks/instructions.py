@@ -65,7 +65,11 @@ LEGEND = [
     "all others.",
     "causal: both loops as often as a row of the context needs them; operations that the mask "
     "hides do not count. Backward: dQ and dK/dV do seven products, and five count.",
+    "Shared: bytes that shared memory gives or takes, operands of the tensor cores that lie there "
+    "among them; a word that lanes share counts for each lane.",
     "Blocks: how many a multiprocessor can hold at once.",
+    "A multiprocessor's throughput: CUDA C++ Programming Guide, Arithmetic Instructions; tensor "
+    "cores by NVIDIA's white papers.",
 ]
 HEAD = ["GPU", "head width", "kernel", "loop", "tile", "registers", "blocks"]
 HEAD += ["MUFU", "FMA", "ALU", "uniform", "other", "all"]
