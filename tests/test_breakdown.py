@@ -5,6 +5,7 @@ import json
 import re
 import types
 
+import jax
 import pytest
 
 from kernel_resources import KERNELS, OPTIMISED
@@ -136,6 +137,19 @@ def test_a_program_is_read_through_its_graphs():
         ("jit(step)/optimizer/mul", moved),
         ("state['optimizer']", moved),
     ]
+
+
+def test_a_program_that_tells_no_memory_is_read_all_the_same():
+    """As one that comes from a cache on disk may."""
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+
+    for analysis in (lambda: None, refuse):
+        compiled = types.SimpleNamespace(as_text=lambda: PROGRAM, memory_analysis=analysis)
+        program = read_program(compiled)
+        assert program.peak_bytes is None and program.donated_bytes is None
+        assert program.matmul_flops == 2 * 8 * 4 * 2
 
 
 @pytest.mark.compile

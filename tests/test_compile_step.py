@@ -12,7 +12,7 @@ from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 from tinyllama_jax.config_file import load_config
 from tinyllama_jax.runtime.compiler import GPU_OPTIONS, compiler_options, is_known
 from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.runtime.targets import A100_40G, absent_devices
+from tinyllama_jax.runtime.targets import A100_40G, H100, absent_devices
 from tinyllama_jax.training.plan import lower_step
 from tinyllama_jax.training.program import Program, read_program
 from tinyllama_jax.training.step import abstract_state
@@ -23,6 +23,11 @@ ROOT = Path(__file__).parents[1]
 GIB, MIB = 2**30, 2**20
 NODE_NETWORK = 400e9 / 8  # bytes a second, each way
 A100_TOKENS_PER_SEC = 30_700  # excellent; a slower step hides more
+
+
+def crossing(model) -> int:
+    """Weights that cross the network: all but the norms' gains, which are in the others."""
+    return model.parameters() - (2 * model.layers + 1) * model.width
 
 
 def compile_step(config, hosts, data=1):
@@ -63,7 +68,7 @@ def test_it_compiles_within_a_minute(compiled):
 
 def test_it_fits_with_room_to_spare(program):
     print(f"peak {program.peak_bytes / GIB:.2f} GiB a device")
-    assert 15 * GIB < program.peak_bytes < 30 * GIB
+    assert 15 * GIB < program.peak_bytes < 22.5 * GIB
 
 
 def test_the_state_is_donated(config, program):
@@ -79,14 +84,14 @@ def test_the_state_is_donated(config, program):
 def test_every_weight_is_gathered_once_a_step_in_bf16(config, program):
     gathers = of_kind(program, "all-gather")
     assert {(c.dtype, c.devices, c.times) for c in gathers} == {("bf16", 16, 1)}
-    assert sum(c.bytes for c in gathers) == 2 * config.model.parameters()
-    assert len(gathers) == config.model.layers + 2  # and embedding, and head with the last norm
+    assert sum(c.bytes for c in gathers) == 2 * crossing(config.model)
+    assert len(gathers) == config.model.layers + 2  # and embedding, and head
 
 
 def test_gradients_are_scattered_once_a_step_in_fp32(config, program):
     scatters = of_kind(program, "reduce-scatter")
     assert {(c.dtype, c.devices, c.times) for c in scatters} == {("f32", 16, 1)}
-    assert sum(c.bytes for c in scatters) == 4 * config.model.parameters()
+    assert sum(c.bytes for c in scatters) == 4 * crossing(config.model)
     assert len(scatters) == config.model.layers + 2
 
 
@@ -166,11 +171,35 @@ def test_attention_runs_forward_once_a_layer(config, program, text):
 
 
 def test_traffic_beside_products_and_attention_is_low(config, program):
-    """From JAX 0.11 on residuals are added in the epilogue of a product; before, in passes of
-    their own."""
     per_token = program.other_bytes / (config.batch_rows * config.model.context // 16)
     print(f"{per_token / 1e6:.2f} MB a token")
-    assert per_token < (6.2e6 if jax.__version_info__ >= (0, 11) else 6.4e6)
+    assert per_token < 5.1e6
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    """(config, compiled step) of one H100: four micro-batches of 16 rows, as
+    benchmarks/training.py has them."""
+    execution = dataclasses.replace(config.execution, attention="pallas")
+    one = dataclasses.replace(config, batch_rows=64, micro_batches=4, execution=execution)
+    mesh = make_mesh(devices=absent_devices(H100))
+    return one, lower_step(one, mesh).compile(compiler_options=OPTIMISED)
+
+
+def test_traffic_and_memory_of_one_h100_are_low(alone):
+    config, compiled = alone
+    program = read_program(compiled)
+    per_token = program.other_bytes / (config.batch_rows * config.model.context)
+    print(f"{per_token / 1e6:.2f} MB a token, peak {program.peak_bytes / GIB:.2f} GiB")
+    assert per_token < 5.0e6
+    assert program.peak_bytes < 47 * GIB
+
+
+def test_gradients_of_layers_add_onto_their_sums_inside_the_products(alone):
+    """An addition of its own would read a gradient, and read and write its sum: 10 bytes a weight;
+    only query, key and value, which are one product, and the embedding have one."""
+    added = re.findall(r"= f32\[([\d,]+)\]\S* fusion\(.*kind=kLoop.*/add\"", alone[1].as_text())
+    assert added and not {"2048,5632", "5632,2048", "2048,32000"} & set(added)
 
 
 def test_every_compiler_option_is_known():
@@ -187,7 +216,7 @@ def test_a_data_axis_keeps_the_gathers_inside_a_node(config):
     assert devices == {("all-gather", 8), ("reduce-scatter", 8), ("all-reduce", 2)}
     sums = of_kind(program, "all-reduce")
     state = sum(c.bytes for c in sums if c.bytes > MIB)
-    assert state == 4 * few.model.parameters() / 8
+    assert state == 4 * crossing(few.model) / 8
 
 
 def test_plain_fsdp_gathers_in_every_layer_of_every_micro_batch(config):

@@ -80,6 +80,16 @@ def test_a_trace_that_fails_is_said_and_the_run_goes_on(config, mesh, monkeypatc
     assert not list(Path(config.run_folder).glob("*profile*"))
 
 
+def test_times_are_told_where_the_roofline_is_not_found(config, mesh, monkeypatch, capsys):
+    def unreadable(*_):
+        raise ValueError("the compiler does not say how often while.7 runs")
+
+    monkeypatch.setattr(trace, "roofline_by_kind", unreadable)
+    assert loop.run(config, mesh, "3:5")
+    assert "There is no roofline: ValueError: the compiler does not say" in capsys.readouterr().out
+    assert (Path(config.run_folder) / "profile" / "breakdown.json").exists()
+
+
 def test_a_cut_trace_leaves_nothing_and_the_same_command_goes_on(config, mesh, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 6)

@@ -64,8 +64,9 @@ class ExecutionConfig:
     attention: AttentionBackend = "auto"
     """`auto` picks by device: our kernels or cuDNN on a GPU, plain JAX on a CPU."""
     recompute: Literal["nothing", "elementwise", "layers"] = "nothing"
-    """What the backward pass computes again instead of keeping it: nothing; norms and the SwiGLU
-    product, so that no matrix product runs twice; or all but the input of each layer."""
+    """What the backward pass computes again instead of keeping it: nothing; the SwiGLU product and
+    plain JAX's attention, so that no product of weights runs twice; or all but the input of each
+    layer."""
     unroll_layers: bool = False
     """Compile each layer on its own: less traffic and memory on a GPU, longer compilation."""
     gather: Literal["step", "layer"] = "step"

@@ -88,13 +88,16 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, rope, segment_ids_BT, execution: ExecutionConfig):
         x_BTD, q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, rope)
+        attend = functools.partial(
+            attention, segment_ids=segment_ids_BT, backend=execution.attention
+        )
+        if execution.recompute == "elementwise":  # or plain JAX keeps all its scores
+            attend = jax.checkpoint(attend, policy=keep_matrix_products)
         with jax.named_scope("attention"):
-            o_BTNH = attention(
+            o_BTNH = attend(
                 checkpoint_name(q_BTNH, "query"),
                 checkpoint_name(k_BTKH, "key"),
                 checkpoint_name(v_BTKH, "value"),
-                segment_ids=segment_ids_BT,
-                backend=execution.attention,
             )
         return self.above_attention(x_BTD, o_BTNH, execution)
 

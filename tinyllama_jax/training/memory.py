@@ -53,8 +53,7 @@ def estimated_peak(config: Config, devices: int, fsdp: int) -> int:
     kept = {
         "layers": item * model.width,
         "elementwise": products,
-        # And both norms' results, and the SwiGLU product.
-        "nothing": products + item * (2 * model.width + model.swiglu_width),
+        "nothing": products + item * model.swiglu_width,  # and the SwiGLU product
     }[execution.recompute]
     activations = tokens * (model.layers * kept + 2 * products)
     state = sum(state_bytes(config, fsdp))

@@ -184,7 +184,7 @@ def plan(
             )
         say(f"compiling the step for {mesh_name}")
         program = read_program(compile_step(config, mesh))
-        peak, collectives = program.peak_bytes, list(program.collectives)
+        peak, collectives = _known(program.peak_bytes), list(program.collectives)
         tokens_of_device = config.batch_rows * config.model.context / devices
         work = roofline.work_of_program(program, config, tokens_of_device)
     else:
@@ -200,7 +200,7 @@ def plan(
         assert mesh is not None
         rows = trial.micro_rows // devices
         say(f"compiling recompute {trial.execution.recompute} with {rows} rows a GPU")
-        return read_program(compile_step(trial, mesh)).peak_bytes
+        return _known(read_program(compile_step(trial, mesh)).peak_bytes)
 
     peak_of = estimate if mesh is None else compiled_peak
     planned = []
@@ -278,6 +278,11 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     return lower_step(config, mesh).compile()
 
 
+def _known(peak_bytes: int | None) -> int:
+    assert peak_bytes is not None, "what was just compiled tells its memory"
+    return peak_bytes
+
+
 def _attention_backend(config: Config, target: Target) -> AttentionBackend:
     """What the run would take on the card. Raises UserError if it cannot do what the run needs."""
     chip, dtype = roofline.chip_of(target), planned_dtype(config)
@@ -295,7 +300,8 @@ def _with_attention(config: Config, backend: AttentionBackend) -> Config:
 
 def _by_construction(config: Config, data_axis: int, fsdp: int) -> list[Collective]:
     """What the step sends by its source code, as one collective each; nothing of a schedule."""
-    size = config.model.parameters()
+    # The norms' gains stay where they are, folded into other weights.
+    size = config.model.parameters() - (2 * config.model.layers + 1) * config.model.width
     item = planned_dtype(config).itemsize
     dtype, runs = {2: "bf16", 4: "f32"}[item], config.micro_batches
 

@@ -60,9 +60,10 @@ class Collective:
 class Program:
     """A compiled step."""
 
-    peak_bytes: int
-    """Memory at most, without what NCCL and cuBLAS take for themselves."""
-    donated_bytes: int
+    peak_bytes: int | None
+    """Memory at most, without what NCCL and cuBLAS take for themselves; None: it is not told, as of
+    some programs that come from a cache on disk."""
+    donated_bytes: int | None
     """Of arguments whose memory the results take over."""
     collectives: tuple[Collective, ...]
     """In the order of the schedule."""
@@ -82,15 +83,19 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
     Raises:
       ValueError: a loop whose number of rounds the compiler did not find out.
     """
-    memory: Any = compiled.memory_analysis()  # whose type leaves room for backends without one
+    try:
+        memory: Any = compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError:
+        memory = None
     schedule = _Schedule(compiled.as_text() or "")
     work = schedule.work(schedule.entry)
     return Program(
-        peak_bytes=memory.argument_size_in_bytes
+        peak_bytes=memory
+        and memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
-        donated_bytes=memory.alias_size_in_bytes,
+        donated_bytes=memory and memory.alias_size_in_bytes,
         collectives=tuple(schedule.collectives(schedule.entry, times=1)),
         matmul_flops=work.matmul_flops,
         attention_flops=work.attention_flops,

@@ -106,12 +106,10 @@ class Profiler:
           state: what the last step gave, and the devices have done.
           batch: the other arguments of the step.
         """
-        # No work: what runs is found. All ask, as compiling would be the work of all.
-        compiled = train_step.lower(state, *batch).compile()
-        if not processes.is_first():
-            return None
         try:
-            return self._read(compiled, batch)
+            # No work: what runs is found. All ask, as compiling would be the work of all.
+            compiled = train_step.lower(state, *batch).compile()
+            return self._read(compiled, batch) if processes.is_first() else None
         except Exception as error:  # a run of months does not end because of its trace
             self._say(f"NOTHING IS TRACED: {type(error).__name__}: {error}")
             return None
@@ -129,7 +127,11 @@ class Profiler:
             return None
         tokens = batch[1].size / self._mesh.size
         device = self._mesh.devices.flat[0].device_kind
-        least = roofline_by_kind(compiled, self._config, tokens, device)
+        try:
+            least = roofline_by_kind(compiled, self._config, tokens, device)
+        except Exception as error:  # what was measured does not hang on what was foretold
+            self._say(f"There is no roofline: {type(error).__name__}: {error}")
+            least = {}
         found = make_breakdown(device, self._steps, windows, events, least)
         write(found, self._aside)
         shutil.rmtree(self._folder, ignore_errors=True)
