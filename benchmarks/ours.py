@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import running
 from tinyllama_jax.config import Config, DataConfig, ExecutionConfig, LlamaConfig, OptimizerConfig
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.model.llama import Weights
@@ -32,6 +33,9 @@ class Trained(NamedTuple):
 
 def config_of(spec: dict[str, Any], optimizer: OptimizerConfig, steps: int) -> Config:
     """The run that a `running.Spec` asks for; its learning rates are those of `steps` steps."""
+    execution = dict(spec["options"])
+    if running.REHEARSED:
+        execution["attention"] = "reference"  # which every device has
     return Config(
         run_folder="",
         model=LlamaConfig(**spec["model"]),
@@ -41,7 +45,7 @@ def config_of(spec: dict[str, Any], optimizer: OptimizerConfig, steps: int) -> C
         micro_batches=spec["rows"] // spec["micro_rows"],
         compute_dtype=spec["precision"],
         optimizer=optimizer,
-        execution=ExecutionConfig(**spec["options"]),
+        execution=ExecutionConfig(**execution),
     )
 
 
@@ -81,7 +85,7 @@ def train(
             seconds.append(time.perf_counter() - before)
             first = first or time.time() - begun
     assert program is not None
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = running.if_known("memory in use", jax.devices()[0].memory_stats) or {}
     found = {
         "seconds": seconds,
         "losses": losses,

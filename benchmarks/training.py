@@ -1,23 +1,30 @@
 """The training step on this device: ours by its variants, beside PyTorch's, in one call.
 
     python benchmarks/training.py                 # on a GPU the 1.1B, on a CPU the demo's model
-    python benchmarks/training.py --variants      # ours alone, by all that may make it faster
+    python benchmarks/training.py --systems variants    # ours alone, by all that may make it faster
     python benchmarks/training.py --quick         # a tiny model, which times nothing of worth
 
 Each system trains in a process of its own on the same random tokens, one after the other, and ours
 comes again between and after the others, so that a clock that drifts meets both. The time of a
 step is from an idle device to an idle device, optimizer included; the median is told. Systems that
-the time does not suffice for are named. One table comes last, and lies in results/ with its JSON.
+the time does not suffice for are named. A table lies in results/ with its JSON after each system,
+and is printed at the end.
+
+A peer that runs out of memory is tried once more with half the rows at a time, so that ours is held
+against what it can do. Ours is not: how many rows fit is what `tinyllama plan` foretells, and a run
+with fewer would hide that it was wrong. Exit code 1 says that one of ours failed.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from rich.console import Console
@@ -32,6 +39,9 @@ ROWS = {"1b": 64, "120m": 64, "demo": 8, "tiny": 8}
 WARMUP = 3
 OPTIMIZER = OptimizerConfig(peak_lr=4e-4, end_lr=4e-4, warmup_steps=0)
 SCHEDULED = 10_000  # steps of a schedule that is constant
+OURS = "tinyllama_jax"
+COLD = 100  # seconds of a system that has to be compiled, on an H100 as far as anyone knows
+NO_TIME = "no time left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,48 +56,54 @@ class System:
     """Fields of ExecutionConfig, or arguments of torch_peer's Trainer."""
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of XLA, besides those of runtime/compiler.py."""
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of model/loss.py."""
 
     def __str__(self):
-        said = (self.options | self.flags).items()
+        said = (self.options | self.flags | self.constants).items()
         options = ", ".join(f"{name} {value!s:.12}" for name, value in said)
         return f"{self.whose}, {self.micro_rows} rows" + (f", {options}" if options else "")
 
 
-def gpu_systems(rows: int = 16, variants: bool = False) -> list[System]:
-    """In the order in which they run: ours first, between the peers or its variants, and last."""
+Part = Literal["ours", "peer", "peers", "variants"]
+WHOLE: tuple[Part, ...] = ("ours", "peer", "ours", "peers", "ours")
 
-    def ours(micro_rows: int = rows, flags: dict[str, Any] | None = None, **options) -> System:
-        defaults = {"recompute": "elementwise", "unroll_layers": True, "attention": "pallas"}
-        return System("tinyllama_jax", "bfloat16", micro_rows, defaults | options, flags or {})
+
+def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
+    """In the order in which they run: `ours` is what `auto` takes on an H100, `peer` the fastest of
+    PyTorch's by what others published, `peers` all else there is to compare with."""
+
+    def ours(micro_rows: int = rows, flags=None, constants=None, **options) -> System:
+        defaults = {"recompute": "elementwise", "unroll_layers": True, "attention": "cudnn"}
+        how = defaults | options, flags or {}, constants or {}
+        return System(OURS, "bfloat16", micro_rows, *how)
 
     def peer(attention: str, whose: str = "torch") -> System:
         return System(whose, "bfloat16", rows, {"attention": attention})
 
-    if variants:
-        return [
+    systems = {
+        "ours": [ours()],
+        "peer": [peer("cudnn")],
+        "peers": [peer("auto", "torch transformers"), ours(attention="pallas"), peer("flash")],
+        "variants": [
             ours(),
-            ours(attention="cudnn"),
-            ours(2 * rows),
-            ours(recompute="nothing", attention="cudnn"),
+            ours(3 * rows // 2),
+            ours(constants={"CHUNK_LOGITS": 2**28}),
             ours(flags={"xla_gpu_enable_triton_gemm": False}),
             ours(),
+            ours(attention="pallas"),
+            ours(recompute="nothing"),
             ours(attention="triton"),
             ours(unroll_layers=False),
             ours(),
-        ]
-    return [
-        ours(attention="cudnn"),  # what `auto` takes on an H100
-        peer("cudnn"),
-        ours(),
-        peer("flash"),
-        peer("auto", "torch transformers"),
-        ours(attention="cudnn"),
-    ]
+        ],
+    }
+    return [system for part in parts for system in systems[part]]
 
 
 def cpu_systems(rows: int) -> list[System]:
     # As configs/demo.py: half the rows at a time. PyTorch is faster with all of them.
-    ours = System("tinyllama_jax", "float32", rows // 2, {"unroll_layers": True})
+    ours = System(OURS, "float32", rows // 2, {"unroll_layers": True})
     eager = System("torch", "float32", rows, {"compiled": False})
     compiled = System("torch", "float32", rows, {"compiled": True})
     return [ours, eager, compiled, ours, eager, compiled, ours]
@@ -102,12 +118,15 @@ class Options:
     micro_rows: int = 16
     """Of a GPU."""
     seconds: float = 420
-    """No system begins after this long."""
-    variants: bool = False
+    """For all systems; none begins that would hardly be done by then."""
+    systems: tuple[Part, ...] = WHOLE
+    """Of a GPU, in this order."""
+    caches: Path | None = None
+    """What is compiled is kept there, for other calls too; by default it is removed."""
     quick: bool = False
     out: Path | None = None
-    """Where the results go, without suffix; benchmarks/results/DATE-training-DEVICE by default, and
-    DATE-variants-DEVICE."""
+    """Where the results go, without suffix; benchmarks/results/DATE-NAME-MODEL-DEVICE by default,
+    NAME being training, peers or variants."""
 
 
 def token_batches(spec: dict[str, Any]):
@@ -124,17 +143,23 @@ def token_batches(spec: dict[str, Any]):
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import ours
+    from tinyllama_jax.model import loss
     from tinyllama_jax.runtime import compiler
     from tinyllama_jax.training.breakdown import roofline_by_kind
 
     config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
-    with mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"]):
+    assert spec["constants"].keys() <= vars(loss).keys()
+    options = mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"])
+    with options, mock.patch.dict(vars(loss), spec["constants"]):
         found, _, program = ours.train(config, token_batches(spec), spec["begun"])
     found["seconds"] = found["seconds"][WARMUP:]
     tokens = spec["rows"] * config.model.context
+
+    def roofline() -> float:
+        return sum(roofline_by_kind(program, config, tokens, running.device_kind()).values())
+
     if spec["predict"]:
-        least = roofline_by_kind(program, config, tokens, running.device_kind())
-        found["predicted_seconds"] = sum(least.values()) or None
+        found["predicted_seconds"] = running.if_known("the roofline", roofline) or None
     return found
 
 
@@ -160,38 +185,62 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """What a process of its own does."""
-    return run_ours(spec) if spec["whose"] == "tinyllama_jax" else run_torch(spec)
+    return run_ours(spec) if spec["whose"] == OURS else run_torch(spec)
 
 
-def measure(systems: list[System], model: str, options: Options) -> list[dict[str, Any]]:
-    """A row for each system, in the order in which they ran."""
-    rows = ROWS[model]
-    if not options.quick:
-        rows = max(rows, *(system.micro_rows for system in systems))
-    started, found, predicted = time.monotonic(), [], {}
-    # Whoever comes again finds what it compiled: only its first start was a cold one.
-    caches = tempfile.TemporaryDirectory(prefix="caches-")
-    with caches as folder, Console(stderr=True).status("") as status:
-        for system in systems:
-            left = options.seconds - (time.monotonic() - started)
-            spec = running.spec_of(model, rows, system.precision, options.steps, system.micro_rows)
-            spec |= {"whose": system.whose, "options": system.options, "flags": system.flags}
-            spec["predict"] = str(system) not in predicted
-            row = {"system": system.whose, "name": str(system), "precision": system.precision}
-            row |= {"micro_rows": system.micro_rows, "options": system.options}
-            row["flags"] = system.flags
-            status.update(str(system))
-            if left < 0:
-                row["failure"] = "no time left"
+def measure(
+    systems: list[System],
+    model: str,
+    options: Options,
+    tell: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """A row for each system, in the order in which they ran; `tell` gets those so far."""
+    started, found, queue = time.monotonic(), [], deque(systems)
+    predicted, took, failed = {}, {}, {}  # by system, what those before say of it
+    with contextlib.ExitStack() as stack:
+        # Whoever comes again finds what it compiled: only its first start was a cold one.
+        folder = options.caches or stack.enter_context(tempfile.TemporaryDirectory("-caches"))
+        caches = running.own_caches(str(Path(folder).absolute()))
+        status = stack.enter_context(Console(stderr=True).status(""))
+        while queue:
+            system = queue.popleft()
+            name, micro_rows = str(system), system.micro_rows
+            rows = -(-ROWS[model] // micro_rows) * micro_rows  # as many or more, none left over
+            spec = running.spec_of(model, rows, system.precision, options.steps, micro_rows)
+            how = {
+                "options": system.options,
+                "flags": system.flags,
+                "constants": system.constants,
+            }
+            spec |= how | {"whose": system.whose, "predict": name not in predicted}
+            row = {"system": system.whose, "name": name, "precision": system.precision}
+            row |= how | {"micro_rows": micro_rows, "rows": rows}
+            status.update(name)
+            begun = time.monotonic()
+            left = options.seconds - (begun - started)
+            if name in failed:  # and would again, for the price of another start
+                row["failure"] = failed[name]
+            elif left < took.get(name, COLD):
+                row["failure"] = NO_TIME
             else:
-                row |= running.in_own_process(__file__, spec, left + 90, running.own_caches(folder))
+                row |= running.in_own_process(__file__, spec, left, caches)
             if "failure" not in row:
+                took[name] = 1.5 * (time.monotonic() - begun)
                 # Read off the program that was compiled: one from a cache need not tell its memory.
-                row.setdefault("predicted_seconds", predicted.get(str(system)))
-                predicted[str(system)] = row["predicted_seconds"]
+                row.setdefault("predicted_seconds", predicted.get(name))
+                predicted[name] = row["predicted_seconds"]
                 complete(row, MODELS[model], rows)
+            elif row["failure"] != NO_TIME:
+                failed[name] = row["failure"]
+                if short_of_memory(row) and system.whose != OURS and system in systems:
+                    queue.appendleft(dataclasses.replace(system, micro_rows=micro_rows // 2))
             found.append(row)
+            tell(found)
     return found
+
+
+def short_of_memory(row: dict[str, Any]) -> bool:
+    return row.get("failure", "").startswith(running.OUT_OF_MEMORY) and row["micro_rows"] > 1
 
 
 def complete(row: dict[str, Any], config: LlamaConfig, rows: int) -> None:
@@ -249,15 +298,35 @@ def fastest(rows: list[dict[str, Any]], mine: bool) -> tuple[str, float]:
     """(name, tokens/s) of the fastest of ours, or of the peers, by the median of its turns."""
     turns = defaultdict(list)
     for row in rows:
-        if (row["system"] == "tinyllama_jax") == mine:
+        if (row["system"] == OURS) == mine:
             turns[row["name"]].append(row["tokens_per_s"])
     medians = {name: statistics.median(speeds) for name, speeds in turns.items()}
     return max(medians.items(), key=lambda item: item[1], default=("", 0.0))
 
 
-def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
-    config, device = MODELS[model], running.device_kind()
+def ratio(rows: list[dict[str, Any]]) -> list[str]:
+    """How ours compares with the peers: a line, with those that no number is there of."""
     done = [row for row in rows if "failure" not in row]
+    (ours, our_speed), (peer, peer_speed) = (fastest(done, mine) for mine in (True, False))
+    line = ""
+    if ours and peer:
+        line = (
+            f"{ours} over {peer}, each side's fastest by the median of its turns: "
+            f"{our_speed / peer_speed:.2f}."
+        )
+    missing = {row["name"]: row["failure"] for row in rows if "failure" in row}
+    for row in done:
+        missing.pop(row["name"], None)  # in another turn it ran
+    theirs = {row["name"] for row in rows if row["system"] != OURS}
+    untold = [f"{name} ({why})" for name, why in missing.items() if name in theirs]
+    if untold:
+        line += f" Peers that did not run are NOT beaten: {'; '.join(untold)}."
+    return [line.strip()] * bool(line)
+
+
+def report(rows: list[dict[str, Any]], model: str, options: Options, last: bool = True) -> None:
+    """Writes the table, and prints it if it is the last."""
+    config, device = MODELS[model], running.device_kind()
     formula = [f"{flops_per_token(config, causal=causal) / 1e9:.4g}" for causal in (False, True)]
     legend = [
         f"Model {model}: {config.parameters():,} weights, rows of {config.context} tokens.",
@@ -268,23 +337,19 @@ def report(rows: list[dict[str, Any]], model: str, options: Options) -> None:
         "Predicted: the roofline of the compiled program (training/roofline.py).",
         "First step: from the start of the process; a system that ran before finds its programs "
         "compiled, but for ours on a CPU.",
+        *ratio(rows),
     ]
-    (ours, our_speed), (peer, peer_speed) = (fastest(done, mine) for mine in (True, False))
-    if ours and peer:
-        legend.append(
-            f"{ours} over {peer}, each side's fastest by the median of its turns: "
-            f"{our_speed / peer_speed:.2f}."
-        )
     if options.quick:
         legend.append(running.QUICK)
     title = f"The training step on {device}, {datetime.date.today().isoformat()}"
-    show(rows, title, legend)
-
-    name = "variants" if options.variants else "training"
+    part = options.systems[0]
+    name = part if part in ("peers", "variants") else "training"
     out = running.results_path(options, f"{name}-{model}", device)
     if out is not None:
         table = [list(COLUMNS), *map(cells, rows)]
         running.write_results(out, device, title, legend, table, {"steps": rows})
+    if last:
+        show(rows, title, legend)
 
 
 def main(options: Options) -> int:
@@ -292,10 +357,14 @@ def main(options: Options) -> int:
     model = "tiny" if options.quick else options.model or ("1b" if on_gpu else "demo")
     require(model in MODELS, f"--model is {model!r}: {', '.join(MODELS)} are there.")
     rows = 4 if options.quick else options.micro_rows if on_gpu else ROWS[model]
-    require(on_gpu or not options.variants, "--variants are those of a GPU, and there is none.")
-    systems = gpu_systems(rows, options.variants) if on_gpu else cpu_systems(rows)
-    report(measure(systems, model, options), model, options)
-    return 0
+    require(
+        on_gpu or options.systems == WHOLE, "--systems are those of a GPU, and there is none here."
+    )
+    systems = gpu_systems(options.systems, rows) if on_gpu else cpu_systems(rows)
+    found = measure(systems, model, options, lambda rows: report(rows, model, options, last=False))
+    report(found, model, options)
+    ours = [row.get("failure", NO_TIME) for row in found if row["system"] == OURS]
+    return 1 if any(why != NO_TIME for why in ours) else 0
 
 
 if __name__ == "__main__":
