@@ -11,8 +11,8 @@ a call is the turn's, from an idle device to an idle device, over the number of 
 """
 
 import dataclasses
-import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import running
-from report import TOLERANCE, Row, auto_rows, compare, tables
+from report import COLUMNS, LEGEND, TOLERANCE, Row, auto_rows, cells, compare, terminal_table
 from systems import OURS, SYSTEMS, Case, Inputs, Run
-from tinyllama_jax.config import make_folder, require, write_aside
+from tinyllama_jax.config import make_folder, require
 from tinyllama_jax.model.attention import CHIPS, attention, device_chip
 
 SETS = 3  # of inputs
@@ -186,28 +186,29 @@ def measure(case: Case, names: list[str], rounds: int, seconds: float) -> list[R
     return list(rows.values())
 
 
-def benchmark(names: list[str], quick: bool, rounds: int, out: Path | None) -> None:
-    """Measures, prints and writes."""
+def benchmark(names: list[str], options: Options) -> None:
+    """Measures, writes after each case, as the next one may bring the process down, and prints."""
     console = Console(width=None if sys.stdout.isatty() else 190)
-    facts = {"device": jax.devices()[0].device_kind, "versions": running.versions()}
-    facts["commit"] = running.commit()
+    kind, quick = jax.devices()[0].device_kind, running.is_quick(options)
+    chip = next((name for name in CHIPS if name in kind), kind)
+    out = running.results_path(options, "attention", chip)
     on_cpu = jax.default_backend() != "gpu"
     shape = QUICK_SHAPE["cpu" if on_cpu else "gpu"]
     quick_cases = [Case(*shape, documents, mean_document=16) for documents in (False, True)]
-    title = f"Attention on {facts['device']}, jax {jax.__version__}"
+    title = f"Attention on {kind}, jax {jax.__version__}"
     if on_cpu:
         title += ": a CPU and interpreted kernels, whose times say NOTHING about any GPU"
     rows = []
     for case in quick_cases if quick else CASES:
         print(f"{case}{' with documents' if case.documents else ''} ...", file=sys.stderr)
-        rows += measure(case, names, rounds, seconds=0.001 if quick else 0.03)
+        rounds, seconds = (2, 0.001) if quick else (options.rounds, 0.03)
+        rows += measure(case, names, rounds, seconds)
         compare(rows)
-        table, markdown = tables(rows, title)
-        if out is not None:  # after each case: the next one may bring the process down
-            write = {**facts, "rows": [dataclasses.asdict(row) for row in rows]}
-            write_aside(running.suffixed(out, ".json"), json.dumps(write, indent=1) + "\n")
-            write_aside(running.suffixed(out, ".md"), markdown)
-    console.print(table)
+        if out is not None:
+            table = [list(COLUMNS), *map(cells, rows)]
+            facts = {"rows": [dataclasses.asdict(row) for row in rows]}
+            running.write_results(out, kind, title, LEGEND.splitlines(), table, facts)
+    console.print(terminal_table(rows, title))
     if not on_cpu and (lines := auto_rows(rows, device_chip())):
         console.print("By these times, rows for AUTO in tinyllama_jax/model/attention.py:")
         print("\n".join(lines))
@@ -218,26 +219,24 @@ def benchmark(names: list[str], quick: bool, rounds: int, out: Path | None) -> N
 def main(options: Options) -> int:
     for name in options.systems:
         require(name in SYSTEMS, f"There is no system {name!r}: choose of {', '.join(SYSTEMS)}.")
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = running.REHEARSED or jax.default_backend() == "gpu"
     require(
         on_gpu or (options.quick and not options.tune),
         "There is no GPU here: without one there is --quick alone, which times nothing of worth.",
     )
-    if options.tune:
-        from tuning import tune_table
-
-        backends = [name for name in options.systems if name in OURS]
-        table = running.REPOSITORY / "tinyllama_jax" / "model" / "tiles.py"
-        widths, chip = options.head_widths, device_chip()
-        tune_table(table, backends, chip, options.dtype, widths, time_rounds, options.quick)
+    if not options.tune:
+        benchmark(list(options.systems), options)
         return 0
-    kind = jax.devices()[0].device_kind
-    chip = next((name for name in CHIPS if name in kind), kind)
-    out = running.results_path(options, "attention", chip)
-    if out is not None:
-        make_folder(out.parent)
-    benchmark(list(options.systems), options.quick, 2 if options.quick else options.rounds, out)
-    return 0
+    from tuning import tune_table
+
+    backends = [name for name in options.systems if name in OURS]
+    chip, table = device_chip(), running.REPOSITORY / "tinyllama_jax" / "model" / "tiles.py"
+    if running.REHEARSED:  # Triton's kernels are not interpreted, and tiles.py stays as it is
+        chip, backends = "H100", ["pallas"]
+        make_folder(running.RESULTS)
+        table = Path(shutil.copy(table, running.RESULTS / "REHEARSED-tiles.py"))
+    quick, widths = running.is_quick(options), options.head_widths
+    return tune_table(table, backends, chip, options.dtype, widths, time_rounds, quick)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ def measure(spec: running.Spec, folder: Path) -> Breakdown:
 
 def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -> None:
     Console().print(render(found))
+    if running.REHEARSED:
+        print(running.REHEARSAL)
     out = running.results_path(options, f"breakdown-{model}", found.device)
     if out is None:
         return
@@ -88,13 +90,17 @@ def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -
     facts = found.to_json() | {"spec": spec}
     running.write_results(out, found.device, title(found), lines, table, facts)
     picture = running.suffixed(out, ".png")
-    draw(found, aside_name(picture))
-    aside_name(picture).rename(picture)
+
+    def picture_it() -> None:
+        draw(found, aside_name(picture))
+        aside_name(picture).rename(picture)
+
+    running.if_known("the picture", picture_it)
 
 
 def main(options: Options) -> int:
     keep_memory()  # before JAX starts threads
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = running.device_kind() != "cpu"
     model = "tiny" if options.quick else options.model or ("1b" if on_gpu else "demo")
     require(model in ROWS, f"--model is {model!r}: {', '.join(ROWS)} are there.")
     require(options.steps > 0, f"--steps is {options.steps}: give at least one.")

@@ -1,21 +1,22 @@
 """What this device reaches on the 1.1B's matrix products, and copying memory: the bounds of a step.
 
-python benchmarks/ceilings.py [--out FILE.md]
+    python benchmarks/ceilings.py
+    python benchmarks/ceilings.py --quick    # tiny products, which time nothing of worth
+
+A table lies in results/ with its JSON after each product.
 """
 
 import dataclasses
+import datetime
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
-from rich.console import Console
-from rich.table import Table
 
-from tinyllama_jax.config import TINYLLAMA_1B, write_aside
+import running
+from tinyllama_jax.config import TINYLLAMA_1B
 from tinyllama_jax.training.flops import PEAK_FLOPS
 
 ROUNDS = 5
@@ -30,6 +31,7 @@ class Options:
     """Of a round."""
     quick: bool = False
     out: Path | None = None
+    """Where the results go, without suffix; benchmarks/results/DATE-ceilings-DEVICE by default."""
 
 
 def products() -> dict[str, tuple[int, int]]:
@@ -79,14 +81,25 @@ def copy_speeds(size: int, seconds: float) -> list[float]:
     return sorted(found)
 
 
-def main(options: Options) -> None:
-    device = jax.devices()[0]
-    peak = PEAK_FLOPS.get(device.device_kind)
-    rows = []
+def report(rows: list[list[str]], kind: str, options: Options, last: bool = True) -> None:
+    """Writes the table, and prints it if it is the last."""
+    title = f"Ceilings of {kind}, bf16, {datetime.date.today().isoformat()}"
+    table = [["what", "median (slowest-fastest)", "of peak"], *rows]
+    legend = [running.QUICK] * options.quick
+    out = running.results_path(options, "ceilings", kind)
+    if out is not None:
+        running.write_results(out, kind, title, legend, table, {"rows": rows})
+    if last:
+        running.show(title, table, legend)
+
+
+def main(options: Options) -> int:
+    kind, quick, rows = jax.devices()[0].device_kind, running.is_quick(options), []
+    peak = PEAK_FLOPS.get(kind)
     multiply = jax.jit(jnp.matmul)
-    for M in (64,) if options.quick else options.tokens:
+    for M in (64,) if quick else options.tokens:
         for name, (K, N) in products().items():
-            if options.quick:
+            if quick:
                 K, N = K // 32, N // 32
             keys = jax.random.split(jax.random.key(0), 2 * SETS)
             operands = [
@@ -100,22 +113,15 @@ def main(options: Options) -> None:
             speeds = sorted(2 * M * K * N / s / 1e12 for s in found)
             share = f"{statistics.median(speeds) * 1e12 / peak:.1%}" if peak else ""
             middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
-            rows.append((f"{name}: {M} x {K} x {N}", f"{middle} TFLOP/s", share))
-    size = 2**16 if options.quick else 2**30
+            rows.append([f"{name}: {M} x {K} x {N}", f"{middle} TFLOP/s", share])
+            report(rows, kind, options, last=False)
+    size = 2**16 if quick else 2**30
     speeds = [speed / 1e12 for speed in copy_speeds(size, options.seconds)]
     middle = f"{statistics.median(speeds):.4g} ({speeds[0]:.4g}-{speeds[-1]:.4g})"
-    rows.append((f"x + 1 over {size / 2**30:g} GiB", f"{middle} TB/s", ""))
-
-    title = f"Ceilings of {device.device_kind}, bf16"
-    table = Table("what", "median (slowest-fastest)", "of peak", title=title)
-    lines = [f"# {title}", "", "| what | median (slowest-fastest) | of peak |", "|---|---|---|"]
-    for row in rows:
-        table.add_row(*row)
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
-    Console().print(table)
-    if options.out:
-        write_aside(options.out, "\n".join(lines) + "\n")
+    rows.append([f"x + 1 over {size / 2**30:g} GiB", f"{middle} TB/s", ""])
+    report(rows, kind, options)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    running.command(Options, __doc__, main)

@@ -8,7 +8,8 @@ PyTorch draws random weights and saves them in a temporary folder, which both si
 ours, transformers, ours, each time in a fresh process, so that a clock that drifts meets both. At
 each batch size a generation warms up (we compile there), and is then repeated for some seconds, of
 which the median is told. Texts are greedy, never ended by eos. In fp32 they must be equal: exit
-code 1 if they are not. Prompts of a batch are equally long: PyTorch would want others padded.
+code 1 if they are not, or if a turn failed. Prompts of a batch are equally long: PyTorch would want
+others padded. What was measured lies in results/ after each turn.
 
 On two CPU cores the demo takes a minute or two, the 1.1B under ten, 14 GB of memory and 4.4 GB of
 disk; the table tells what each process held at most.
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import numpy as np
 
 import running
 from ceilings import copy_speeds
-from tinyllama_jax.config import LlamaConfig, require
+from tinyllama_jax.config import LlamaConfig, first_line, require
 from tinyllama_jax.inference import huggingface
 from tinyllama_jax.inference.generate import stream
 from tinyllama_jax.inference.tensors import unread_layers
@@ -183,25 +185,39 @@ def step_bytes(config: LlamaConfig, rows: int, case: dict[str, Any]) -> float:
     return (weights + cached) * np.dtype(jax.numpy.dtype(case["dtype"])).itemsize
 
 
-def measure(name: str, case: dict[str, Any], rounds: int, run) -> list[dict[str, Any]]:
-    """The turns of one model, by batch size in the order in which they ran."""
+Turns = list[dict[str, Any]]
+
+
+def measure(name: str, case: dict[str, Any], rounds: int, run, tell: Callable[[Turns], None]):
+    """The turns of one model by batch size, in the order in which they ran, one that failed with
+    its `failure`; `tell` gets those so far."""
     config, turns = running.MODELS[name], []
     with tempfile.TemporaryDirectory() as temporary:
         run(save_random, config, Path(temporary))
         for side in ("ours", *("transformers", "ours") * rounds):
             print(f"{name}, {side}", flush=True)
-            for found in run(SIDES[side], Path(temporary), config, case):
-                turns.append({"model": name, "side": side, **case, **found})
-    turns.sort(key=lambda found: found["batch"])  # stable: turns stay in their order
-    wanted = {found["batch"]: found["ids"] for found in turns if found["side"] == "transformers"}
-    for found in turns:
+            said = {"model": name, "side": side} | case
+            try:
+                turns += [said | found for found in run(SIDES[side], Path(temporary), config, case)]
+            except Exception as error:  # the other side goes on, whatever it is
+                failure = f"{type(error).__name__}: {first_line(error)}"[:160]
+                turns += [said | {"batch": rows, "failure": failure} for rows in case["batch"]]
+            complete(turns, config, case)
+            tell(turns)
+    return turns
+
+
+def complete(turns: Turns, config: LlamaConfig, case: dict[str, Any]) -> None:
+    """Adds what the table shows to what was measured."""
+    done = [found for found in turns if "failure" not in found]
+    wanted = {found["batch"]: found["ids"] for found in done if found["side"] == "transformers"}
+    for found in done:
         rows, new = found["batch"], case["new"]
         found["step_seconds"] = (found["seconds"] - found["first_seconds"]) / (new - 1)
         found["tokens_per_s"] = rows * new / found["seconds"]
         found["step_bytes"] = step_bytes(config, rows, case)
-        same = np.equal(found.pop("ids"), wanted[rows])
-        found["same_tokens"] = float(np.mean(same))
-    return turns
+        if rows in wanted:
+            found["same_tokens"] = float(np.mean(np.equal(found["ids"], wanted[rows])))
 
 
 COLUMNS = ("model", "rows", "side", "first, ms", "step, ms", "tokens/s", "GB/s", "share", "same")
@@ -209,40 +225,44 @@ COLUMNS += ("held, GB",)
 
 
 def cells(found: dict[str, Any], copy: float) -> list[str]:
+    start = [found["model"], str(found["batch"]), found["side"]]
+    if "failure" in found:
+        return [*start, found["failure"]]
     speed, first = found["step_bytes"] / found["step_seconds"], 1e3 * found["first_seconds"]
+    same = found.get("same_tokens")
     return [
-        found["model"],
-        str(found["batch"]),
-        found["side"],
+        *start,
         f"{first:,.{1 if first < 100 else 0}f}",
         f"{1e3 * found['step_seconds']:,.2f}",
         f"{found['tokens_per_s']:,.1f}",
         f"{speed / 1e9:,.2f}",
         f"{speed / copy:.0%}",
-        f"{found['same_tokens']:.1%}",
+        "" if same is None else f"{same:.1%}",
         f"{found['process_peak_bytes'] / 1e9:.2f}",
     ]
 
 
-def ratios(turns: list[dict[str, Any]], on_gpu: bool) -> list[str]:
+def ratios(turns: Turns, on_gpu: bool) -> list[str]:
     """A phrase for each model and batch size: how many times as fast, and the bar."""
     found = []
     for name, rows in dict.fromkeys((t["model"], t["batch"]) for t in turns):
-        speeds = {
-            side: statistics.median(
-                t["tokens_per_s"]
-                for t in turns
-                if (t["model"], t["batch"], t["side"]) == (name, rows, side)
-            )
-            for side in SIDES
-        }
-        ratio, bar = speeds["ours"] / speeds["transformers"], BARS.get((name, on_gpu))
+        speeds = {side: [] for side in SIDES}
+        for turn in turns:
+            if (turn["model"], turn["batch"]) == (name, rows) and "failure" not in turn:
+                speeds[turn["side"]].append(turn["tokens_per_s"])
+        if not all(speeds.values()):
+            found.append(f"{name} at batch {rows} NOT COMPARED, as one side is missing")
+            continue
+        medians = {side: statistics.median(each) for side, each in speeds.items()}
+        ratio, bar = medians["ours"] / medians["transformers"], BARS.get((name, on_gpu))
         against = "" if bar is None else f" ({'reached' if ratio >= bar else 'MISSED'}: {bar:.1f})"
         found.append(f"{name} at batch {rows} {ratio:.2f}{against}")
     return found
 
 
-def report(turns: list[dict[str, Any]], at_hand: dict[str, Any], options: Options) -> None:
+def report(turns: Turns, at_hand: dict[str, Any], options: Options, last: bool = True) -> None:
+    """Writes the table, and prints it if it is the last."""
+    turns = sorted(turns, key=lambda found: found["batch"])  # stable: in their order otherwise
     first, kind, copy = turns[0], at_hand["device"], at_hand["copy_bytes_per_s"]
     new = ", ".join(f"{model} {n}" for model, n in {t["model"]: t["new"] for t in turns}.items())
     load = "/".join(f"{number:.1f}" for number in os.getloadavg())
@@ -262,10 +282,12 @@ def report(turns: list[dict[str, Any]], at_hand: dict[str, Any], options: Option
     legend += [running.QUICK] * options.quick
     title = f"Generation on {kind}, {datetime.date.today().isoformat()}"
     table = [list(COLUMNS), *(cells(found, copy) for found in turns)]
-    running.show(title, table, legend)
     out = running.results_path(options, "generation", kind)
     if out is not None:
-        running.write_results(out, kind, title, legend, table, at_hand | {"turns": turns})
+        kept = [{name: x for name, x in found.items() if name != "ids"} for found in turns]
+        running.write_results(out, kind, title, legend, table, at_hand | {"turns": kept})
+    if last:
+        running.show(title, table, legend)
 
 
 def main(options: Options) -> int:
@@ -277,17 +299,23 @@ def main(options: Options) -> int:
     )
     # A GPU's memory is for one side at a time, and never for this process.
     run = (lambda function, *arguments: function(*arguments)) if options.quick else alone
-    at_hand = run(device, options.quick)
+    at_hand = run(device, running.is_quick(options))
     dtype, on_gpu = options.dtype, at_hand["platform"] != "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     turns = []
+
+    def tell(new: Turns) -> None:
+        report(turns + new, at_hand, options, last=False)
+
     for name in models:
         new = options.new or (NEW["demo"] if on_gpu else NEW[name])
         case = {"dtype": dtype, "batch": options.batch, "prompt": options.prompt, "new": new}
-        case["repeat_seconds"] = 0 if options.quick else SECONDS
-        turns += measure(name, case, options.rounds, run)
+        case["repeat_seconds"] = 0 if running.is_quick(options) else SECONDS
+        turns += measure(name, case, options.rounds, run, tell)
     report(turns, at_hand, options)
+    if any("failure" in found for found in turns):
+        return 1
     same = all(found["same_tokens"] == 1 for found in turns)
     if dtype == "float32" and not same:
         print("The texts differ: these are not the same models.", file=sys.stderr)

@@ -15,9 +15,9 @@ results/; exit code 1 says that it learns something else.
 
 import dataclasses
 import datetime
-import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tinyllama_jax.config import (
     aside_name,
     make_folder,
     require,
-    write_aside,
 )
 from tinyllama_jax.training.flops import PEAK_FLOPS, flops_per_token
 
@@ -242,8 +241,12 @@ def draw(losses: Losses, title: str, path: Path) -> None:
 # The four runs.
 
 
-def measure(options: Options, spec: running.Spec) -> dict[tuple[str, int], dict[str, Any]]:
-    """What each run found, by system and seed; one with a `failure` is the last."""
+Runs = dict[tuple[str, int], dict[str, Any]]
+"""What each run found, by system and seed."""
+
+
+def measure(options: Options, spec: running.Spec, tell: Callable[[Runs], None]) -> Runs:
+    """All runs; one with a `failure` is the last. `tell` gets those so far."""
     found, started = {}, time.monotonic()
     temporary = tempfile.TemporaryDirectory(prefix="learning-")
     with temporary as folder, Console(stderr=True).status("rows and weights") as status:
@@ -262,17 +265,16 @@ def measure(options: Options, spec: running.Spec) -> dict[tuple[str, int], dict[
                 status.update(f"{system}, seed {seed}")
                 asked = spec | {"whose": system, "seed": seed, "options": spec[system]}
                 left = options.seconds - (time.monotonic() - started)
-                row = running.in_own_process(__file__, asked, max(left, 0), caches)
+                row = running.in_own_process(__file__, asked, left, caches)
                 found[system, seed] = row | made
+                tell(found)
                 if "failure" in row:
                     return found
                 status.console.print(f"{system}, seed {seed}: {sum(row['seconds']):.0f} s of steps")
     return found
 
 
-def legend_of(
-    options: Options, model: str, spec: running.Spec, found: dict[tuple[str, int], dict[str, Any]]
-) -> list[str]:
+def legend_of(options: Options, model: str, spec: running.Spec, found: Runs) -> list[str]:
     config, steps = running.MODELS[model], options.steps
     halves = judge({key: row["losses"] for key, row in found.items()})
     rows = found[SYSTEMS[0], SEEDS[0]]["rows"]
@@ -319,24 +321,32 @@ def main(options: Options) -> int:
             f"{SHARE_OF_PEAK:.0%} of the peak, and four starts.",
             flush=True,
         )
-    found, out = measure(options, spec), running.results_path(options, f"learning-{model}", device)
-    runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
-    name, last = list(runs.items())[-1]
-    if "failure" in last:
-        if out is not None:
-            make_folder(out.parent)
-            write_aside(running.suffixed(out, ".json"), json.dumps({"runs": runs}, indent=1) + "\n")
-        raise UserError(f"{name}: {last['failure']}. Nothing is judged; losses so far are kept.")
-    losses = {key: row["losses"] for key, row in found.items()}
     title = f"Learning on {device}, {datetime.date.today().isoformat()}"
+    out = running.results_path(options, f"learning-{model}", device)
+
+    def keep(found: Runs, verdict: running.Spec, legend: list[str], table: list[list[str]]) -> None:
+        runs = {f"{system}, seed {seed}": row for (system, seed), row in found.items()}
+        if out is not None:
+            running.write_results(out, device, title, legend, table, verdict | {"runs": runs})
+
+    missing = [
+        "Not all runs are done: nothing is judged. Their losses are in the JSON beside this."
+    ]
+    found = measure(options, spec, lambda rows: keep(rows, {}, missing, [["step"]]))
+    (system, seed), last = list(found.items())[-1]
+    if "failure" in last:
+        told = f"{system}, seed {seed}: {last['failure']}"
+        raise UserError(f"{told}. Nothing is judged; losses so far are kept.")
+    losses = {key: row["losses"] for key, row in found.items()}
     table, legend = rows_of(losses), legend_of(options, model, spec, found)
-    running.show(title, table, legend)
     halves = judge(losses)
+    verdict = {"same": same(halves), "apart_in_halves": halves}
     if out is not None:
-        draw(losses, title, running.suffixed(out, ".png"))
-        facts = {"same": same(halves), "apart_in_halves": halves, "runs": runs}
-        curve = f"![Smoothed losses]({out.name}.png)"
-        running.write_results(out, device, title, [*legend, "", curve, ""], table, facts)
+        picture = f"![Smoothed losses]({out.name}.png)"
+        keep(found, verdict, [*legend, "", picture, ""], table)
+        file, named = running.suffixed(out, ".png"), running.marked(title, [])[0]
+        running.if_known("the picture", lambda: draw(losses, named, file))
+    running.show(title, table, legend)
     return 0 if same(halves) else 1
 
 

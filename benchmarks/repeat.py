@@ -12,8 +12,9 @@ Two runs have what equal bits need, and two in turn with them have not:
   else each process measures anew.
 
 Attention is ours in all of them: cuDNN's backward pass adds in any order. Compared are all bits of
-weights and optimizer after the last step, and all losses; exit code 1 says that they differ. The
-first run starts cold, and the third finds its programs.
+weights and optimizer after the last step, and all losses; exit code 1 says that they differ, or
+that a run failed: then what the others found is kept, and compared where both of a pair are there.
+The first run starts cold, and the third finds its programs.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import hashlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,8 +95,12 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> str:
     return " and ".join(told)
 
 
-def measure(options: Options, model: str, on_gpu: bool) -> list[dict[str, Any]]:
-    """What four runs found: with what equal bits need, without, with, without."""
+Rows = list[dict[str, Any]]
+
+
+def measure(options: Options, model: str, on_gpu: bool, tell: Callable[[Rows], None]) -> Rows:
+    """What four runs found, or their `failure`: with what equal bits need, without, with, without.
+    `tell` gets those so far."""
     spec = running.spec_of(model, options.rows, "bfloat16" if on_gpu else "float32", options.steps)
     attention = {"attention": "pallas"} if on_gpu and not options.quick else {}
     spec["options"] = {"unroll_layers": True, "recompute": "elementwise"} | attention
@@ -108,52 +113,85 @@ def measure(options: Options, model: str, on_gpu: bool) -> list[dict[str, Any]]:
             status.update(f"run {number + 1} of 4")
             asked = spec | {"repeatable": repeatable}
             left = options.seconds - (time.monotonic() - started)
-            row = running.in_own_process(__file__, asked, max(left, 0), caches)
-            require("failure" not in row, f"Run {number + 1} of 4 failed: {row.get('failure')}")
+            row = running.in_own_process(__file__, asked, left, caches)
             found.append({"repeatable": repeatable} | row)
+            tell(found)
     return found
 
 
-def main(options: Options) -> int:
-    device = running.device_kind()
-    model, on_gpu = "tiny" if options.quick else options.model, device != "cpu"
-    require(on_gpu or options.quick, "There is no GPU here: --quick trains a tiny model on a CPU.")
-    require(model in running.MODELS, f"--model is {model!r}: give 120m or 1b.")
-    require(options.steps > WARMUP, f"--steps is {options.steps}: give more than {WARMUP}.")
-    found = measure(options, model, on_gpu)
-    first, free, second, free_again = found
+def compared(found: Rows, pair: tuple[int, int]) -> str:
+    """A sentence on two runs by their numbers, from 1."""
+    names = f"Runs {pair[0]} and {pair[1]}{'' if pair[0] % 2 else ', without what that needs'}"
+    rows = [found[number - 1] for number in pair if number <= len(found)]
+    if len(rows) < 2 or any("failure" in row for row in rows):
+        return f"{names}: NOT COMPARED, one of them is missing."
+    differ = differences(*rows)
+    return f"{names}: {'THEY DIFFER in ' + differ if differ else 'the same bits'}."
+
+
+def same_bits(found: Rows) -> bool:
+    """Of the runs that must have them."""
+    rows = [row for row in found if row["repeatable"] and "failure" not in row]
+    return len(rows) == 2 and not differences(*rows)
+
+
+def cost(found: Rows) -> str:
+    """What equal bits cost, of the runs that are there."""
+    medians = {True: [], False: []}
+    for row in found:
+        if "failure" not in row:
+            medians[row["repeatable"]].append(statistics.median(row["seconds"][WARMUP:]))
+    if not all(medians.values()):
+        return "What it costs is not known: no run is there to compare with."
+    kept, free = (statistics.mean(medians[repeatable]) for repeatable in (True, False))
+    line = f"It costs {kept / free - 1:+.2%} of a step"
+    if len(medians[True]) == 2:
+        first, second = medians[True]
+        line += f"; runs 1 and 3 are {abs(first / second - 1):.2%} apart"
+    return line + "."
+
+
+def report(found: Rows, model: str, options: Options, last: bool = True) -> None:
+    """Writes the table, and prints it if it is the last."""
     table = [
         ["run", "in order, kept", "ms a step, (fastest-slowest)", "first step, after", "compiled"]
     ]
-    medians = []
     for number, row in enumerate(found, start=1):
+        start = [str(number), "yes" if row["repeatable"] else "no"]
+        if "failure" in row:
+            table.append([*start, row["failure"]])
+            continue
         times = [1e3 * seconds for seconds in row["seconds"][WARMUP:]]
-        medians.append(statistics.median(times))
-        spread = f"{medians[-1]:.2f} ({min(times):.2f}-{max(times):.2f})"
+        spread = f"{statistics.median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
         starts = [f"{row[f'{name}_seconds']:.1f} s" for name in ("first_step", "compile")]
-        table.append([str(number), "yes" if row["repeatable"] else "no", spread, *starts])
-
-    differ, without = differences(first, second), differences(free, free_again)
-    cost = (medians[0] + medians[2]) / (medians[1] + medians[3]) - 1
-    noise = abs(medians[0] / medians[2] - 1)
-    config = running.MODELS[model]
+        table.append([*start, spread, *starts])
+    config, device = running.MODELS[model], running.device_kind()
     title = f"Repeating {options.steps} steps on {device}, {datetime.date.today().isoformat()}"
     legend = [
-        f"Runs 1 and 3: {'THEY DIFFER in ' + differ if differ else 'the same bits'}. "
-        f"Runs 2 and 4, without what that needs: {without or 'the same bits'}.",
-        f"It costs {cost:+.2%} of a step; runs 1 and 3 are {noise:.2%} apart.",
+        f"{compared(found, (1, 3))} {compared(found, (2, 4))}",
+        cost(found),
         f"Model {model}: {config.parameters():,} weights, {options.rows} rows of "
         f"{config.context:,} tokens. Median of the steps after {WARMUP}. The first step is over "
         "that long after the start of the process; in the time beside it, which is a part, the "
         "step was compiled or found.",
     ]
     legend += [running.QUICK] * options.quick
-    running.show(title, table, legend)
     out = running.results_path(options, f"repeat-{model}", device)
     if out is not None:
-        facts = {"same_bits": not differ, "cost": cost, "runs": found}
+        facts = {"same_bits": same_bits(found), "runs": found}
         running.write_results(out, device, title, legend, table, facts)
-    return 1 if differ else 0
+    if last:
+        running.show(title, table, legend)
+
+
+def main(options: Options) -> int:
+    model, on_gpu = "tiny" if options.quick else options.model, running.device_kind() != "cpu"
+    require(on_gpu or options.quick, "There is no GPU here: --quick trains a tiny model on a CPU.")
+    require(model in running.MODELS, f"--model is {model!r}: give 120m or 1b.")
+    require(options.steps > WARMUP, f"--steps is {options.steps}: give more than {WARMUP}.")
+    found = measure(options, model, on_gpu, lambda rows: report(rows, model, options, last=False))
+    report(found, model, options)
+    return 0 if same_bits(found) and not any("failure" in row for row in found) else 1
 
 
 if __name__ == "__main__":

@@ -72,18 +72,13 @@ def cells(row: Row) -> list[str]:
     return [*start, *times(row.forward), *times(row.backward), error, bits]
 
 
-def tables(rows: list[Row], title: str) -> tuple[Table, str]:
-    """The same table for the terminal and as Markdown."""
+def terminal_table(rows: list[Row], title: str) -> Table:
     table = Table(*COLUMNS, title=title, caption=LEGEND, caption_justify="left")
-    lines = [f"# {title}", "", *LEGEND.splitlines(), ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before.case != row.case:
             table.add_section()
         table.add_row(*cells(row))
-        text = cells(row) + [""] * (len(COLUMNS) - len(cells(row)))
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in text)} |")
-    return table, "\n".join(lines) + "\n"
+    return table
 
 
 def auto_rows(rows: list[Row], chip: str) -> list[str]:

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+import running
 from systems import Case, Inputs
-from tinyllama_jax.config import require
+from tinyllama_jax.config import UserError, require, write_aside
 from tinyllama_jax.model.attention import CHIPS, attention
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents
 from tinyllama_jax.model.tiles import TILES, Call, Tile, Tiles
@@ -33,6 +34,8 @@ TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 
 def tuning_case(dtype: str, H: int) -> Case:
     """A model 2,048 wide with 8 query heads a kv head; fp32 is slow enough with one row."""
+    if running.REHEARSED:
+        return Case(1, 128, 2, 1, H)
     return Case(4 if dtype == "bfloat16" else 1, 2048, 2048 // H, 256 // H, H)
 
 
@@ -209,8 +212,13 @@ def tune_table(
     head_widths: Sequence[int],
     timer: Callable[..., dict],
     quick: bool = False,
-) -> None:
-    """Tunes row after row of the table in `path`, and writes each as soon as it is known."""
+) -> int:
+    """Tunes row after row of the table in `path`, and writes each as soon as it is known.
+
+    Returns:
+      1 if a row has no tile that runs, else 0: the exit code.
+    """
+    code = 0
     require(
         chip in CHIPS.values(),
         f"There are no rows for {chip} in {path}: it has {', '.join(set(CHIPS.values()))}.",
@@ -227,9 +235,14 @@ def tune_table(
         except ImportError as error:
             print(f"{backend} cannot be tuned here ({error}).", file=sys.stderr)
             continue
+        except UserError as error:
+            print(error, file=sys.stderr)
+            code = 1
+            continue
         device = jax.devices()[0].device_kind.removeprefix("NVIDIA ")
         shown = ", ".join(f"{ms:.3f}" for ms in times)
         comment = f"{datetime.date.today()}, {device}, jax {jax.__version__}, {case}: {shown} ms"
         row = (backend, chip, dtype, H)
-        path.write_text(rewrite(path.read_text(), row, tiles, comment))
+        write_aside(path, rewrite(path.read_text(), row, tiles, comment))
         print(f"{row}: {tiles}\n  {comment}")
+    return code

@@ -183,8 +183,8 @@ def one_thread():
 def ours_of(scripts, model, rows: int, **options):
     """A `running.Spec` of ours in fp32, in micro-batches of four rows."""
     spec = scripts("running").spec_of("tiny", rows, "float32", 2, micro_rows=4)
-    spec |= {"whose": "tinyllama_jax", "options": options, "flags": {}, "predict": True}
-    spec |= {"begun": time.time()}
+    spec |= {"whose": "tinyllama_jax", "options": options, "flags": {}, "constants": {}}
+    spec |= {"predict": True, "begun": time.time()}
     return spec | {"model": dataclasses.asdict(model)}
 
 
@@ -388,8 +388,8 @@ def test_generation_is_compared_with_transformers(scripts, tmp_path, capsys, mon
 
 def test_ceilings_are_measured_and_written(scripts, tmp_path, capsys):
     ceilings = scripts("ceilings")
-    options = ceilings.Options(seconds=0.001, quick=True, out=tmp_path / "found.md")
-    ceilings.main(options)
+    options = ceilings.Options(seconds=0.001, quick=True, out=tmp_path / "found")
+    assert ceilings.main(options) == 0
     table = (tmp_path / "found.md").read_text()
     assert table.count("TFLOP/s") == 5 and "| x + 1 over" in table
     assert "q/k/v: 64 x 64 x 80" in table and "of cpu" in capsys.readouterr().out
