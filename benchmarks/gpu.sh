@@ -1,26 +1,191 @@
 #!/usr/bin/env bash
-# The training step on a CUDA machine in one call of under nine minutes: what the card reaches at
-# most, ours beside PyTorch's, then, in what time is left, where that of ours goes (ceilings.py,
-# training.py and breakdown.py of this folder). JAX for CUDA and torch must be there; wheels in
-# .wheels/ go into a folder of their own. No network is needed.
+# What a CUDA machine is asked for, by stages, in one call of under nine minutes:
 #
-#   MODEL=1b      120m or demo too
-#   VARIANTS=1    ours alone, by all that may make it faster: another call of under nine minutes
-#   PYTHON=...    python3 by default
-#   OUT=folder    also leaves logs and results there
-source "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
+#   OUT=out bash benchmarks/gpu.sh
+#   OUT=out LIMIT=170 STAGES="tests ceilings" bash benchmarks/gpu.sh
+#
+# Programs write at once what they measured, and OUT/results.tar.gz holds all results and logs so
+# far after each stage, one that failed too, and when the call is ended. JAX for CUDA and torch must
+# be there; wheels in .wheels/ go into a folder of their own. No network is needed.
+#
+#   STAGES="..."    in this order; by default: smoke training breakdown peers
+#     smoke         half a minute; if it fails, nothing else is begun
+#     training      ours beside the likely fastest of PyTorch's
+#     breakdown     where the time of our step goes
+#     peers         ours beside transformers and PyTorch's flash attention, and by our own kernels
+#     variants      ours alone, by all that may make it faster
+#     tests         those marked gpu
+#     ceilings      what the card reaches on matrix products and in copying
+#     sanitizer     our attention kernels under compute-sanitizer
+#     attention     our attention beside cuDNN, tokamax and PyTorch
+#     tune          tiles of our kernels, rewritten in tinyllama_jax/model/tiles.py
+#     repeat        do two runs give the same bits?
+#     learning      does the 120M learn as PyTorch's does?
+#     decoding      generation beside transformers
+#   LIMIT=530       seconds for all of them
+#   MODEL=1b        of training, breakdown, peers and variants: 120m or demo too
+#   WIDTHS="64 128" head widths to find tiles for
+#   DATA=folder     of learning: rows of a prepared dataset instead of Python's standard library;
+#                   needs grain
+#   CACHES=folder   what is compiled, for the next stage and the next call
+#   COMMIT=...      what the files are, where git is not
+#   PYTHON=python3
+#   OUT=folder      where the archive goes
+set -uo pipefail
 
-run() { timeout "$1" "$PYTHON" "benchmarks/$2.py" "${@:3}" 2>"$logs/$2.log" || code=1; }
+STAGES=${STAGES:-smoke training breakdown peers} LIMIT=${LIMIT:-530} MODEL=${MODEL:-1b}
+PYTHON=${PYTHON:-python3}
+CACHES=$(realpath -m "${CACHES:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/tinyllama-benchmarks}")
+LEAST=25 # seconds, in which a program hardly starts
+code=0 stage= logs=$(mktemp -d)
 
-code=0 MODEL=${MODEL:-1b}
-# A system that is begun in time may take 90 seconds more.
-if [ -n "${VARIANTS:-}" ]; then
-  run 525 training --model "$MODEL" --steps 6 --seconds 430 --variants
-else
-  run 60 ceilings --out "$logs/ceilings.md"
-  run 400 training --model "$MODEL" --steps 6 --seconds 305
-  run $((530 - SECONDS)) breakdown --model "$MODEL"
+die() { echo "gpu.sh: $1" >&2 && exit 2; }
+
+archive() { # all that was written since the beginning, as one file that is always a whole one
+  [ -n "${OUT:-}" ] || return 0
+  find "$logs" benchmarks/results benchmarks/rehearsed tinyllama_jax/model/tiles.py -maxdepth 1 \
+    -type f ! -name '.*' -newer "$logs/begun" -print0 2>/dev/null |
+    tar --create --gzip --null --files-from=- --transform='s,.*/,,' \
+      --file "$OUT/.results.tar.gz" 2>/dev/null
+  # 1: a log grew while it was read.
+  [ $? -le 1 ] && mv "$OUT/.results.tar.gz" "$OUT/results.tar.gz"
+}
+
+most() { echo $(($1 < LIMIT - SECONDS ? $1 : LIMIT - SECONDS)); } # SECONDS: and what is left
+
+run() { # NAME SECONDS COMMAND...: at most so long
+  local name=$1 limit start=$SECONDS found=0
+  limit=$(most "$2")
+  shift 2
+  if [ "$limit" -lt "$LEAST" ]; then
+    echo "== $name: no time left"
+    return 0
+  fi
+  echo "== $name ($SECONDS s so far)"
+  # In the background, or a signal would have to wait for it.
+  timeout --kill-after=5 "$limit" "$@" >"$logs/$name.out" 2>"$logs/$name.log" &
+  stage=$!
+  wait "$stage" || found=$?
+  stage=
+  cat "$logs/$name.out"
+  echo "== $name: exit code $found after $((SECONDS - start)) s"
+  [ "$found" = 0 ] || { code=1 && tail -n 25 "$logs/$name.log"; }
+  archive
+  return "$found"
+}
+
+training() { # NAME SECONDS [OPTION...]: ends by itself, with its table, before it is ended
+  run "$1" "$2" "$PYTHON" benchmarks/training.py --model "$MODEL" --steps 6 --caches "$CACHES" \
+    --seconds $(($(most "$2") - 10)) "${@:3}"
+}
+
+stage_smoke() { run smoke 100 "$PYTHON" benchmarks/smoke.py || exit 1; }
+stage_training() { training training 330 --systems ours peer ours; }
+stage_peers() { training peers 400 --systems peers ours; }
+stage_variants() { training variants 530 --systems variants; }
+stage_breakdown() { run breakdown 90 "$PYTHON" benchmarks/breakdown.py --model "$MODEL"; }
+stage_ceilings() { run ceilings 60 "$PYTHON" benchmarks/ceilings.py --tokens 32768; }
+stage_attention() { run attention 190 "$PYTHON" benchmarks/attention.py; }
+stage_decoding() { run decoding 240 "$PYTHON" benchmarks/generation.py; }
+
+stage_tests() {
+  local parallel
+  # Side by side, each taking only the memory that it needs; no conftest.py, which is for all tests.
+  parallel=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null)
+  # shellcheck disable=SC2086
+  XLA_PYTHON_CLIENT_PREALLOCATE=false run tests 120 "$PYTHON" -m pytest -p no:cacheprovider \
+    --noconftest $parallel -rfEs -m gpu tests/test_gpu_attention.py tests/test_embedding.py
+}
+
+stage_sanitizer() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls "$CUDA_HOME/bin/compute-sanitizer" 2>/dev/null)
+  if [ -z "$sanitizer" ]; then
+    echo "== sanitizer: compute-sanitizer is not installed here"
+    return
+  fi
+  # Every array in an allocation of its own: in JAX's pool a read past the end hits a neighbour.
+  XLA_PYTHON_CLIENT_ALLOCATOR=platform run sanitizer 100 "$sanitizer" --tool memcheck \
+    --report-api-errors no --error-exitcode 9 \
+    "$PYTHON" benchmarks/attention.py --quick --systems pallas triton
+}
+
+stage_tune() {
+  # shellcheck disable=SC2086
+  run tune 150 "$PYTHON" benchmarks/attention.py --tune --head-widths ${WIDTHS:-64 128}
+}
+
+stage_repeat() {
+  run repeat 190 "$PYTHON" benchmarks/repeat.py --seconds $(($(most 190) - 10))
+}
+
+stage_learning() {
+  run learning 530 "$PYTHON" benchmarks/learning.py --seconds $(($(most 530) - 10)) \
+    ${DATA:+--data "$DATA"}
+}
+
+# What is asked for, before a minute is spent on a part of it.
+[[ $LIMIT =~ ^[1-9][0-9]*$ ]] || die "LIMIT is $LIMIT: give whole seconds, at least 1."
+for name in $STAGES; do
+  declare -F "stage_$name" >/dev/null ||
+    die "There is no stage $name: see the list at the top of benchmarks/gpu.sh."
+done
+if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT" && OUT=$(realpath "$OUT") || exit 2
 fi
-[ "$code" = 0 ] || tail -n 25 "$logs"/*.log
-leave "$logs"/ceilings.md benchmarks/results/*-{breakdown,training,variants}-*
+cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -m 700 -p "$CACHES" || exit 2
+touch "$logs/begun"
+
+leave() {
+  [ -z "$stage" ] || kill "$stage" # timeout hands it on to all that it started
+  archive
+  [ "$code" = 0 ] || echo "All logs: $logs"
+}
+trap leave EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+trap 'exit 129' HUP
+
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda} PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$CACHES
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if compgen -G '.wheels/*.whl' >/dev/null; then
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --find-links .wheels \
+    --no-deps --upgrade --target "$logs/site" .wheels/*.whl ||
+    die "The wheels in .wheels/ cannot be installed: keep one version of each, for this Python."
+  export PYTHONPATH=$PYTHONPATH:$logs/site
+fi
+# Those without which no program starts; smoke.py looks for the others.
+missing=$("$PYTHON" -c 'import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' \
+  jax flax optax numpy rich tyro docstring_parser typeguard) || die "$PYTHON does not run."
+[ -z "$missing" ] || die "There is no ${missing// /, } here. Where there is a network,
+\`make wheels\` brings what such machines lack into .wheels/, which is looked for in the project's
+folder, and \`pip download --no-deps -d .wheels NAME\` brings more."
+
+# XLA looks for CUDA's libdevice and assembler in /usr/local/cuda and in NVIDIA's wheels, and the
+# project's own kernels need both: they may lie beside nvcc, and Triton brings them along.
+CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+has_both() { [ -e "$1/nvvm/libdevice/libdevice.10.bc" ] && [ -x "$1/bin/ptxas" ]; }
+find_cuda() {
+  local nvcc triton
+  nvcc=$(realpath "$(command -v nvcc)" 2>/dev/null)
+  for folder in "$CUDA_HOME" "${nvcc%/bin/nvcc}"; do
+    ! has_both "$folder" || { echo "$folder" && return; }
+  done
+  triton=$("$PYTHON" -c 'import importlib.util
+print(importlib.util.find_spec("triton").submodule_search_locations[0])' 2>/dev/null) || return
+  mkdir -p "$logs/cuda/nvvm/libdevice" "$logs/cuda/bin"
+  ln -s "$triton/backends/nvidia/lib/libdevice.10.bc" "$logs/cuda/nvvm/libdevice/"
+  ln -s "$triton/backends/nvidia/bin/ptxas" "$logs/cuda/bin/"
+  ! has_both "$logs/cuda" || echo "$logs/cuda"
+}
+cuda=$(find_cuda)
+if [ -n "$cuda" ] && [[ ${XLA_FLAGS:-} != *xla_gpu_cuda_data_dir* ]]; then
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_cuda_data_dir=$cuda"
+fi
+
+SECONDS=0 # the limit does not count the installation
+for name in $STAGES; do
+  "stage_$name"
+done
 exit "$code"
