@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --editable
+CARD_PYTHON ?= python3.12
 # Where there is an NVIDIA device, JAX comes with its CUDA plugin.
 GPU = $(if $(wildcard /dev/nvidia0),[gpu])
 
-.PHONY: train test compile gguf-check lint clean
+.PHONY: train test compile gguf-check rehearse wheels lint clean
 
 train: runs/demo/export/model.safetensors
 	$(BIN)/tinyllama generate runs/demo --prompt "The" --temperature 0.8
@@ -36,6 +37,16 @@ compile: $(VENV)-compile/installed
 # The demo in llama.cpp, transformers and here. Compiles llama.cpp, once: about 7 minutes.
 gguf-check: $(VENV)-gguf/installed runs/demo/export/model.safetensors
 	$(VENV)-gguf/bin/pytest -m llama_cpp
+
+# The minutes on a rented card, gone through on a CPU with the versions of such a machine.
+rehearse: $(VENV)-card/installed wheels
+	$(VENV)-card/bin/python benchmarks/rehearse.py
+
+# What such a machine lacks, for its Python; it travels with the project.
+wheels:
+	@test -n "$(wildcard .wheels/*.whl)" || $(PYTHON) -m pip download --quiet --no-deps \
+		--disable-pip-version-check --python-version 3.12 --only-binary=:all: --dest .wheels \
+		--requirement benchmarks/card_wheels.txt
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
@@ -68,5 +79,13 @@ $(VENV)-gguf/installed: requirements.txt pyproject.toml
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.36'
 	@touch $@
 
+$(VENV)-card/installed: benchmarks/card_requirements.txt
+	@$(CARD_PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else \
+		"Python 3.12 is needed, as on the cards: make rehearse CARD_PYTHON=/path/to/python3.12")'
+	test -x $(@D)/bin/python || $(CARD_PYTHON) -m venv $(@D)
+	@echo "Installing what a card's machine has into $(@D), PyTorch for CUDA among it (5.8 GB): once."
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf data/demo runs/demo
+	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf $(VENV)-card data/demo runs/demo
