@@ -73,12 +73,16 @@ def measure(spec: running.Spec, folder: Path) -> Breakdown:
 
 
 def report(found: Breakdown, model: str, spec: running.Spec, options: Options) -> None:
+    """Writes the table and its picture, and prints the table."""
+    out = running.results_path(options, f"breakdown-{model}", found.device)
+    if out is not None:
+        keep(found, model, spec, out)
     Console().print(render(found))
     if running.REHEARSED:
         print(running.REHEARSAL)
-    out = running.results_path(options, f"breakdown-{model}", found.device)
-    if out is None:
-        return
+
+
+def keep(found: Breakdown, model: str, spec: running.Spec, out: Path) -> None:
     how = ", ".join(f"{name} {value}" for name, value in spec["options"].items())
     lines = [
         *legend(found),

@@ -107,7 +107,8 @@ def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    # Not by asking JAX, which would take most of the device's memory in this process.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, case["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 

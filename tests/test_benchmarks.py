@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -217,6 +219,123 @@ def test_a_training_step_is_timed_and_reported(scripts, tmp_path, capsys):
     assert "2: torch, float32: no torch" in shown
 
 
+def measured(scripts, monkeypatch, answers, systems, seconds=1000.0):
+    """Rows of `systems`, of which each in its turn finds an answer: tokens/s, or a failure. And how
+    many rows were there each time that they were told, and what was asked for."""
+    training, running = scripts("training"), scripts("running")
+    told, asked, answers = [], [], iter(answers)
+
+    def answer(script, spec, seconds, environment=None):
+        asked.append(spec)
+        found = next(answers)
+        if isinstance(found, str):
+            return {"failure": found}
+        tokens = spec["rows"] * spec["model"]["context"]
+        return {"seconds": [tokens / found], "first_step_seconds": 1.0}
+
+    monkeypatch.setattr(running, "in_own_process", answer)
+    monkeypatch.setattr(running, "device_kind", lambda: "cpu")
+    options = training.Options(quick=True, seconds=seconds)
+    rows = training.measure(systems, "tiny", options, lambda rows: told.append(len(rows)))
+    return rows, told, asked
+
+
+def test_a_peer_without_memory_is_tried_with_half_the_rows_and_is_not_beaten(scripts, monkeypatch):
+    training = scripts("training")
+    ours, peer = (training.System(whose, "bfloat16", 4) for whose in (training.OURS, "torch"))
+    other = training.System("torch transformers", "bfloat16", 4)
+    short = "out of memory: CUDA out of memory."
+
+    rows, told, asked = measured(
+        scripts,
+        monkeypatch,
+        [300.0, short, 200.0, "no such thing", 300.0],
+        [ours, peer, other, ours],
+    )
+    assert [spec["micro_rows"] for spec in asked] == [4, 4, 2, 4, 4]
+    assert [spec["rows"] for spec in asked] == [8] * 5 and told == [1, 2, 3, 4, 5]
+    (line,) = training.ratio(rows)
+    assert "tinyllama_jax, 4 rows over torch, 2 rows" in line and ": 1.50. " in line
+    assert f"NOT beaten: torch, 4 rows ({short}); torch transformers, 4 rows (no such" in line
+
+    # Once more, and that is all; with no peer at all there is no number.
+    rows, _, asked = measured(scripts, monkeypatch, [300.0, short, short], [ours, peer])
+    assert [spec["micro_rows"] for spec in asked] == [4, 4, 2]
+    (line,) = training.ratio(rows)
+    assert line.startswith("Peers that did not run are NOT beaten") and "over" not in line
+
+    # Ours is not tried again in silence, nor is what failed begun again.
+    rows, _, asked = measured(scripts, monkeypatch, [short, 200.0], [ours, peer, ours])
+    assert [spec["whose"] for spec in asked] == ["tinyllama_jax", "torch"]
+    assert [row.get("failure") for row in rows] == [short, None, short]
+    assert training.ratio(rows) == []
+
+    # What another turn found counts.
+    assert "NOT" not in training.ratio([{**rows[1], "failure": "no time left"}, rows[1]] * 2)
+
+
+def test_no_system_begins_that_would_not_be_done_in_time(scripts, monkeypatch):
+    training = scripts("training")
+    ours, peer = (training.System(whose, "bfloat16", 4) for whose in (training.OURS, "torch"))
+    rows, _, asked = measured(scripts, monkeypatch, [], [ours], seconds=training.COLD - 1)
+    assert rows[0]["failure"] == training.NO_TIME and not asked
+
+    # One that has run needs as long as it took: `times` are those of the clock.
+    times = iter([0, 0, 40, 60, 60, 61])
+    clock = types.SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr(training, "time", clock)
+    rows, _, asked = measured(scripts, monkeypatch, [1.0, 1.0], [ours, ours], seconds=120)
+    assert len(asked) == 2 and not any("failure" in row for row in rows)
+    times = iter([0, 0, 40, 61])
+    rows, _, asked = measured(scripts, monkeypatch, [1.0], [ours, ours], seconds=120)
+    assert len(asked) == 1 and rows[1]["failure"] == training.NO_TIME
+
+
+def test_what_only_foretells_costs_no_result(scripts, monkeypatch, capsys):
+    training, tiny = scripts("training"), scripts("running").TINY
+
+    def untold(*_):
+        raise AttributeError("'NoneType' object has no attribute 'argument_size_in_bytes'")
+
+    monkeypatch.setattr("tinyllama_jax.training.breakdown.roofline_by_kind", untold)
+    found = training.run(ours_of(scripts, tiny, 8))
+    assert len(found["seconds"]) == 2 and found["predicted_seconds"] is None
+    assert "NOT KNOWN: the roofline: AttributeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_what_is_rehearsed_says_so_and_stays_out_of_the_results(rehearsed, tmp_path):
+    """In a process of its own: programs learn it as they start."""
+    code = f"""
+import sys, types
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from pathlib import Path
+import running
+options = types.SimpleNamespace(quick=False, out=None)
+out = running.results_path(options, "training-1b", "NVIDIA H100")
+print(out.relative_to(running.REPOSITORY / "benchmarks"))
+asked = types.SimpleNamespace(quick=False, out=running.REPOSITORY / "benchmarks/results/x")
+print(running.results_path(asked, "training", "cpu").relative_to(running.REPOSITORY))
+print(running.MODELS["1b"] == running.TINY)
+running.write_results(Path(sys.argv[1], "x"), "NVIDIA H100", "A title", [], [["a"], ["1|2"]], {{}})
+"""
+    env = {**os.environ, "TINYLLAMA_REHEARSED": "1" if rehearsed else ""}
+    env["PYTHONPATH"] = str(BENCHMARKS.parent)
+    command = [sys.executable, "-c", code, tmp_path]
+    shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    out, asked, tiny = shown.stdout.split()
+    folder, name = out.split("/")
+    assert (folder, name.startswith("REHEARSED-")) == (
+        ("rehearsed", True) if rehearsed else ("results", False)
+    )
+    expected = "rehearsed/REHEARSED-x" if rehearsed else "results/x"
+    assert asked == f"benchmarks/{expected}" and tiny == str(rehearsed)
+    text = (tmp_path / "x.md").read_text()
+    assert ("NOTHING about any device" in text) == text.startswith("# REHEARSED: ") == rehearsed
+    assert json.loads((tmp_path / "x.json").read_text())["rehearsed"] == rehearsed
+    assert "| 1/2 |" in text
+
+
 def test_a_breakdown_of_the_step_is_measured_and_written(scripts, tmp_path, capsys, monkeypatch):
     breakdown = scripts("breakdown")
     end, done = breakdown.Profiler.end, []
@@ -361,6 +480,28 @@ def test_a_difference_between_two_runs_is_found(scripts, tmp_path, monkeypatch, 
     assert "without what that needs: the same bits" in shown
 
 
+def test_a_run_that_fails_leaves_those_beside_it(scripts, tmp_path, monkeypatch, capsys):
+    repeat = scripts("repeat")
+    done = {"seconds": [0.1] * 8, "losses": [2.0] * 8, "bits": {"a": "1"}}
+    done |= {"first_step_seconds": 3.0, "compile_seconds": 1.0}
+    failed = {"failure": "not done within 9 s"}
+    options = repeat.Options(steps=8, quick=True, out=tmp_path / "found")
+    for answers, compared in (
+        ([done, failed, done, failed], ["Runs 1 and 3: the same bits.", "is not known"]),
+        ([done, done, failed, done], ["Runs 1 and 3: NOT COMPARED", "costs +0.00% of a step."]),
+        ([failed] * 4, ["Runs 1 and 3: NOT COMPARED", "is not known"]),
+    ):
+        results = iter(answers)
+        in_this_process(monkeypatch, scripts, lambda spec, results=results: next(results))
+        assert repeat.main(options) == 1
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(words in shown for words in compared), shown
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert len(found["runs"]) == 4 and found["runs"][0]["repeatable"]
+        assert found["same_bits"] == (answers[0] == answers[2] == done)
+        assert "not done within 9 s" in (tmp_path / "found.md").read_text()
+
+
 @pytest.mark.torch
 def test_generation_is_compared_with_transformers(scripts, tmp_path, capsys, monkeypatch):
     generation = scripts("generation")
@@ -376,6 +517,23 @@ def test_generation_is_compared_with_transformers(scripts, tmp_path, capsys, mon
     table = (tmp_path / "found.md").read_text()
     assert table.count("| ours |") == 4 and table.count("100.0%") == 6
     assert "tiny at batch 1 " in table and "tiny at batch 3 " in table
+
+    # A side that fails costs nothing of the other.
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(generation.SIDES, "transformers", out_of_memory)
+        options = generation.Options(quick=True, batch=(1,), out=tmp_path / "half")
+        assert generation.main(options) == 1
+    turns = json.loads((tmp_path / "half.json").read_text())["turns"]
+    assert [turn.get("failure", "") for turn in turns] == [
+        "",
+        "RuntimeError: CUDA out of memory.",
+        "",
+    ]
+    assert turns[0]["tokens_per_s"] > 0 and "ids" not in turns[0]
+    assert "tiny at batch 1 NOT COMPARED" in (tmp_path / "half.md").read_text()
 
     # Another text ends in exit code 1.
     monkeypatch.setattr(generation, "save_random", lambda config, folder: None)

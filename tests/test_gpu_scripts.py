@@ -109,6 +109,14 @@ def test_all_stages_call_programs_with_options_that_they_take(machine, monkeypat
     assert machine.archived() == logs
 
 
+def test_the_rehearsal_goes_through_all_stages(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rehearse = importlib.import_module("rehearse")
+    whole = " ".join(call.stages for call in rehearse.CALLS if call.code == 0).split()
+    assert sorted(whole) == sorted(STAGES)
+    assert set(rehearse.RESULTS) == set(STAGES) - {"smoke", "tests", "sanitizer"}
+
+
 def test_by_default_ours_and_the_peers_are_measured_within_the_limit(machine):
     code, printed = machine.call()
     assert code == 0, printed
