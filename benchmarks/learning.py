@@ -306,6 +306,8 @@ def legend_of(options: Options, model: str, spec: running.Spec, found: Runs) -> 
 
 
 def main(options: Options) -> int:
+    if running.REHEARSED:
+        options = dataclasses.replace(options, steps=min(options.steps, 60))
     device = running.device_kind()
     on_gpu = device != "cpu"
     model = "tiny" if options.quick else "120m" if on_gpu else "demo"

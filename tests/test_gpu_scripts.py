@@ -232,7 +232,9 @@ def test_without_git_commit_says_what_the_files_are(monkeypatch, tmp_path):
     if (running.REPOSITORY / ".git").exists():
         assert running.commit() != "a commit"
     # The files alone, inside another repository.
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "-m", "other"]):
+        subprocess.run([*git, *command], check=True)
     (tmp_path / "files").mkdir()
     monkeypatch.setattr(running, "REPOSITORY", tmp_path / "files")
     assert running.commit() == "a commit"
