@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from tinyllama_jax.runtime.allocator import CARD_SHARE
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Stage -> the programs of benchmarks/ that it calls.
 STAGES = {
@@ -115,6 +117,40 @@ def test_the_rehearsal_goes_through_all_stages(monkeypatch):
     whole = " ".join(call.stages for call in rehearse.CALLS if call.code == 0).split()
     assert sorted(whole) == sorted(STAGES)
     assert set(rehearse.RESULTS) == set(STAGES) - {"smoke", "tests", "sanitizer"}
+
+
+def test_the_rehearsal_sees_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rehearse = importlib.import_module("rehearse")
+    call = rehearse.Call("a call", "ceilings", 170)
+    told = f"# REHEARSED: x\n{rehearse.SENTENCE}\n"
+    good = {"ceilings.log": "", "REHEARSED-1-ceilings-cpu.md": told}
+    good["REHEARSED-1-ceilings-cpu.json"] = '{"commit": "abc", "rows": []}'
+
+    def faults(printed="", code=0, **changed):
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        with tarfile.open(out / "results.tar.gz", "w:gz") as archive:
+            for name, text in (good | changed).items():
+                if text is not None:
+                    (tmp_path / name).write_text(text)
+                    archive.add(tmp_path / name, name)
+        return rehearse.faults(call, code, printed, out, "abc")
+
+    assert faults() == []
+    assert faults(code=1) == ["exit code 1 instead of 0"]
+    assert faults("== ceilings: no time left\n") == ["ceilings had no time left"]
+    assert faults(**{"ceilings.log": None}) == ["there is no ceilings.log"]
+    assert faults(**{"REHEARSED-1-ceilings-cpu.md": None}) == ["there is no ceilings.md"]
+    assert faults(**{"2026-ceilings-cpu.md": told})[0].endswith("not say that it is rehearsed")
+    assert "in its table" in faults(**{"REHEARSED-1-ceilings-cpu.md": "# x"})[0]
+    other = (
+        '{"commit": null, "rows": [{"system": "torch", "failure": "no luck"}, {"failure": null}]}'
+    )
+    wrong = faults(**{"REHEARSED-1-ceilings-cpu.json": other})
+    assert "names the commit None" in wrong[0] and wrong[1].endswith("torch: no luck")
+    (tmp_path / "out" / "more").touch()
+    assert "not one archive" in faults()[0]
 
 
 def test_by_default_ours_and_the_peers_are_measured_within_the_limit(machine):
@@ -260,6 +296,8 @@ def work(spec):
         raise ValueError("no such thing")
     if kind == "tells nothing":
         return {{"bytes": running.if_known("memory", lambda: None.size), "seconds": 1.5}}
+    if kind == "share":
+        return {{"share": float(os.environ["XLA_CLIENT_MEM_FRACTION"])}}
     return {{"seconds": 1.5}}
 
 if sys.argv[1] == "--worker":
@@ -282,6 +320,7 @@ running.command(object, None, lambda _: 0, work)
         ("good-bye", {"seconds": 1.5}),
         ("dies when done", {"seconds": 1.5}),
         ("tells nothing", {"bytes": None, "seconds": 1.5}),
+        ("share", {"share": CARD_SHARE}),
         ("none", {"failure": "a library's line"}),
         ("killed", {"failure": "killed by SIGKILL: a library's line"}),
         ("fails", {"failure": "ValueError: no such thing"}),
