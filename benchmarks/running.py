@@ -64,6 +64,7 @@ PACKAGES = (
 )
 QUICK = "Quick: these numbers say NOTHING about any device."
 OUT_OF_MEMORY = "out of memory"  # how such a failure begins
+NO_TIME = "no time left"
 NOT_KNOWN = "NOT KNOWN: "
 
 Spec = dict[str, Any]
@@ -99,9 +100,11 @@ def in_own_process(
     Args:
       script: path of a benchmark that ends with `command`.
       spec: without `begun`.
-      seconds: after which it is killed.
+      seconds: after which it is killed; it is not begun where there are none.
       environment: what it has besides this process's own; None: has not.
     """
+    if seconds <= 0:
+        return {"failure": NO_TIME}
     asked = json.dumps(spec | {"begun": time.time()})
     # JAX would take most of the memory at once, and say nothing of how much it needs; and the last
     # line of an error would be about what it filters.
@@ -116,7 +119,7 @@ def in_own_process(
         with log.open("wb") as printed:
             try:
                 code = subprocess.run(
-                    command, env=given, stdout=printed, stderr=printed, timeout=max(seconds, 0)
+                    command, env=given, stdout=printed, stderr=printed, timeout=seconds
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = None
@@ -127,7 +130,7 @@ def in_own_process(
             return json.loads(result.read_text())
     print(said[-8000:], file=sys.stderr)
     if code is None:
-        return {"failure": f"not done within {max(seconds, 0):.0f} s"}
+        return {"failure": f"not done within {seconds:.0f} s"}
     return {"failure": _why(code, said)}
 
 

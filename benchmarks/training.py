@@ -30,7 +30,7 @@ from unittest import mock
 from rich.console import Console
 
 import running
-from running import MODELS
+from running import MODELS, NO_TIME
 from tinyllama_jax.config import LlamaConfig, OptimizerConfig, require
 from tinyllama_jax.training.flops import flops_per_token, mfu
 
@@ -41,7 +41,6 @@ OPTIMIZER = OptimizerConfig(peak_lr=4e-4, end_lr=4e-4, warmup_steps=0)
 SCHEDULED = 10_000  # steps of a schedule that is constant
 OURS = "tinyllama_jax"
 COLD = 100  # seconds of a system that has to be compiled, on an H100 as far as anyone knows
-NO_TIME = "no time left"
 
 
 @dataclasses.dataclass(frozen=True)
