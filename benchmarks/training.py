@@ -344,7 +344,8 @@ def report(rows: list[dict[str, Any]], model: str, options: Options, last: bool 
     part = options.systems[0]
     name = part if part in ("peers", "variants") else "training"
     out = running.results_path(options, f"{name}-{model}", device)
-    if out is not None:
+    # Where there was time for nothing, the table of an earlier call stays.
+    if out is not None and any(row.get("failure") != NO_TIME for row in rows):
         table = [list(COLUMNS), *map(cells, rows)]
         running.write_results(out, device, title, legend, table, {"steps": rows})
     if last:

@@ -274,11 +274,13 @@ def test_a_peer_without_memory_is_tried_with_half_the_rows_and_is_not_beaten(scr
     assert "NOT" not in training.ratio([{**rows[1], "failure": "no time left"}, rows[1]] * 2)
 
 
-def test_no_system_begins_that_would_not_be_done_in_time(scripts, monkeypatch):
+def test_no_system_begins_that_would_not_be_done_in_time(scripts, monkeypatch, tmp_path):
     training = scripts("training")
     ours, peer = (training.System(whose, "bfloat16", 4) for whose in (training.OURS, "torch"))
     rows, _, asked = measured(scripts, monkeypatch, [], [ours], seconds=training.COLD - 1)
     assert rows[0]["failure"] == training.NO_TIME and not asked
+    training.report(rows, "tiny", training.Options(quick=True, out=tmp_path / "found"), last=False)
+    assert not list(tmp_path.iterdir()), "the table of an earlier call would be lost"
 
     # One that has run needs as long as it took: `times` are those of the clock.
     times = iter([0, 0, 40, 60, 60, 61])
