@@ -180,7 +180,7 @@ print(importlib.util.find_spec("triton").submodule_search_locations[0])' 2>/dev/
   ! has_both "$logs/cuda" || echo "$logs/cuda"
 }
 cuda=$(find_cuda)
-if [ -n "$cuda" ] && [[ ${XLA_FLAGS:-} != *xla_gpu_cuda_data_dir* ]]; then
+if [ -n "$cuda" ] && [ "$cuda" != /usr/local/cuda ] && [[ ${XLA_FLAGS:-} != *xla_gpu_cuda_data_dir* ]]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_cuda_data_dir=$cuda"
 fi
 
