@@ -55,12 +55,12 @@ class System:
     """Fields of ExecutionConfig, or arguments of torch_peer's Trainer."""
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of XLA, besides those of runtime/compiler.py."""
-    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of model/loss.py."""
+    without: tuple[str, ...] = ()
+    """Modules of model/ whose kernels are left out: `norm`, `loss`."""
 
     def __str__(self):
-        said = (self.options | self.flags | self.constants).items()
-        options = ", ".join(f"{name} {value!s:.12}" for name, value in said)
+        said = [f"{name} {value!s:.12}" for name, value in (self.options | self.flags).items()]
+        options = ", ".join([*said, *(f"without {name}'s kernels" for name in self.without)])
         return f"{self.whose}, {self.micro_rows} rows" + (f", {options}" if options else "")
 
 
@@ -72,9 +72,9 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
     """In the order in which they run: `ours` is what `auto` takes on an H100, `peer` the fastest of
     PyTorch's by what others published, `peers` all else there is to compare with."""
 
-    def ours(micro_rows: int = rows, flags=None, constants=None, **options) -> System:
+    def ours(micro_rows: int = rows, flags=None, without=(), **options) -> System:
         defaults = {"recompute": "elementwise", "unroll_layers": True, "attention": "cudnn"}
-        how = defaults | options, flags or {}, constants or {}
+        how = defaults | options, flags or {}, without
         return System(OURS, "bfloat16", micro_rows, *how)
 
     def peer(attention: str, whose: str = "torch") -> System:
@@ -87,7 +87,8 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
         "variants": [
             ours(),
             ours(3 * rows // 2),
-            ours(constants={"CHUNK_LOGITS": 2**28}),
+            ours(without=("norm",)),
+            ours(without=("loss",)),
             ours(flags={"xla_gpu_enable_triton_gemm": False}),
             ours(),
             ours(attention="pallas"),
@@ -142,14 +143,15 @@ def token_batches(spec: dict[str, Any]):
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import ours
-    from tinyllama_jax.model import loss
     from tinyllama_jax.runtime import compiler
     from tinyllama_jax.training.breakdown import roofline_by_kind
 
     config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
-    assert spec["constants"].keys() <= vars(loss).keys()
-    options = mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"])
-    with options, mock.patch.dict(vars(loss), spec["constants"]):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"]))
+        for module in spec["without"]:
+            name = f"tinyllama_jax.model.{module}.has_kernels"
+            stack.enter_context(mock.patch(name, lambda: False))
         found, _, program = ours.train(config, token_batches(spec), spec["begun"])
     found["seconds"] = found["seconds"][WARMUP:]
     tokens = spec["rows"] * config.model.context
@@ -209,7 +211,7 @@ def measure(
             how = {
                 "options": system.options,
                 "flags": system.flags,
-                "constants": system.constants,
+                "without": system.without,
             }
             spec |= how | {"whose": system.whose, "predict": name not in predicted}
             row = {"system": system.whose, "name": name, "precision": system.precision}

@@ -89,9 +89,9 @@ def test_the_kernels_on_a_gpu(on_gpu, D, dtype):
     np.testing.assert_array_equal(total, x + y)
     assert_near(h, exact_norm(total), dtype)
     found = jax.jit(norm_gradient_by_kernel)(h, scale, tuple(dhs), dx)
-    with jax.default_device(jax.devices("cpu")[0]):
-        exact = norm_gradient_by_kernel(*jax.device_get((h, scale, tuple(dhs), dx)), interpret=True)
-    assert_near(found, np.asarray(exact, np.float64), dtype)
+    h, scale, dx, *dhs = (np.asarray(a, np.float64) for a in (h, scale, dx, *dhs))
+    along = np.mean(sum(dhs) * h, axis=-1, keepdims=True)
+    assert_near(found, dx + scale[..., None] * (sum(dhs) - along * h), dtype)
 
 
 @pytest.mark.compile
