@@ -65,8 +65,8 @@ def make_gradients(
         nothing is converted.
 
         Without a word of when, the compiler works out all layers first, and has nothing left to do
-        while gradients leave, nor memory for what they are made of. So the layer below waits until
-        this one's gradients are there, and those of the layer above have left.
+        while gradients leave, nor memory for what they are made of. So a layer's work waits until
+        the gradients of the second layer above it have left.
         """
         losses, count, (sums_below, *sums_layers, sums_above) = sums
         below, *layers, above = buckets
@@ -101,8 +101,8 @@ def make_gradients(
         left = [leave(sums_above)]
         for back, sums_layer in zip(back_layers[::-1], sums_layers[::-1], strict=True):
             dx_BTD, grads = back(dx_BTD)
-            here = dx_BTD, _sum(sums_layer, grads), left[-1]
-            dx_BTD, sums_layer, left[-1] = jax.lax.optimization_barrier(here)
+            sums_layer = _sum(sums_layer, grads)
+            dx_BTD, left[-1] = jax.lax.optimization_barrier((dx_BTD, left[-1]))
             left.append(leave(sums_layer))
         left.append(leave(_sum(sums_below, *back_embed(dx_BTD))))
         return losses + loss, count + targets, left[::-1]
