@@ -46,9 +46,9 @@ archive() { # all that was written since the beginning, as one file that is alwa
   find "$logs" benchmarks/results benchmarks/rehearsed tinyllama_jax/model/tiles.py -maxdepth 1 \
     -type f ! -name '.*' -newer "$logs/begun" -print0 2>/dev/null |
     tar --create --gzip --null --files-from=- --transform='s,.*/,,' \
-      --file "$OUT/.results.tar.gz" 2>/dev/null
+      --file "$OUT/.results.$$.tar.gz" 2>/dev/null
   # 1: a log grew while it was read.
-  [ $? -le 1 ] && mv "$OUT/.results.tar.gz" "$OUT/results.tar.gz"
+  [ $? -le 1 ] && mv "$OUT/.results.$$.tar.gz" "$OUT/results.tar.gz"
 }
 
 most() { echo $(($1 < LIMIT - SECONDS ? $1 : LIMIT - SECONDS)); } # SECONDS: and what is left
@@ -126,7 +126,9 @@ stage_learning() {
 }
 
 # What is asked for, before a minute is spent on a part of it.
-[[ $LIMIT =~ ^[1-9][0-9]*$ ]] || die "LIMIT is $LIMIT: give whole seconds, at least 1."
+[[ $LIMIT =~ ^[1-9][0-9]*$ ]] && [ "$LIMIT" -ge "$LEAST" ] ||
+  die "LIMIT is $LIMIT: give whole seconds, at least $LEAST."
+command -v timeout >/dev/null || die "There is no timeout here, which GNU coreutils bring."
 for name in $STAGES; do
   declare -F "stage_$name" >/dev/null ||
     die "There is no stage $name: see the list at the top of benchmarks/gpu.sh."
@@ -134,12 +136,15 @@ done
 if [ -n "${OUT:-}" ]; then
   mkdir -p "$OUT" && OUT=$(realpath "$OUT") || exit 2
 fi
+[ -z "${DATA:-}" ] || DATA=$(realpath "$DATA") || exit 2
+[[ $PYTHON != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/${PYTHON##*/}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -m 700 -p "$CACHES" || exit 2
 touch "$logs/begun"
 
 leave() {
   [ -z "$stage" ] || kill "$stage" # timeout hands it on to all that it started
   archive
+  rm -rf "$logs/site"
   [ "$code" = 0 ] || echo "All logs: $logs"
 }
 trap leave EXIT

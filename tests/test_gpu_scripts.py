@@ -195,6 +195,7 @@ def test_a_failed_smoke_test_ends_the_call(machine):
     [
         ({"STAGES": "ceilings warmup"}, "no stage warmup"),
         ({"LIMIT": "0"}, "LIMIT is 0"),
+        ({"LIMIT": "24"}, "at least 25"),  # in which not even the smoke test would run
         ({"LIMIT": "9 minutes"}, "LIMIT is 9 minutes"),
         ({"MISSING": "tyro typeguard"}, "no tyro, typeguard here"),
     ],

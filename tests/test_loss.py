@@ -99,6 +99,14 @@ def test_the_kernel_gives_losses_and_gradients_of_rows(monkeypatch, V, dtype):
     check_rows(found, *arguments)
 
 
+@pytest.mark.parametrize("target", [-1, 300, 100_000])
+def test_a_target_outside_the_vocabulary_shows(target):
+    """A step whose loss is not finite changes nothing."""
+    logits_MV, targets_M, weights_M = rows(6, 300, "bfloat16")
+    losses_M, _ = cross_entropy(logits_MV, targets_M.at[4].set(target), weights_M, interpret=True)
+    assert np.isfinite(losses_M).tolist() == [True] * 4 + [False, True]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_a_kernel_they_are_the_same(dtype):
     arguments = rows(6, 100, dtype)

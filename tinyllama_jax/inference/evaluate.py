@@ -41,7 +41,8 @@ def make_score(
     """The compiled `score(weights, tokens_BS, weights_BT)`: sums as `llama.loss` gives them."""
 
     def score(weights, tokens_BS, weights_BT):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        # Rounded once, as in training.
+        weights = jax.tree.map(lambda w: w.astype(dtype), llama.fold_gains(weights))
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
         segment_ids_BT = segment_ids(tokens_BS[:, :-1]) if mask_documents else None
         return llama.loss(model, weights, tokens_BS, weights_BT, segment_ids_BT, execution)

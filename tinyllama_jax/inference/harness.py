@@ -77,7 +77,7 @@ def make_scorer(
     tokens that count, and whether each of them is the likeliest; whole on every process."""
 
     def score(weights, tokens_BS, counts_BT):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        weights = jax.tree.map(lambda w: w.astype(dtype), llama.fold_gains(weights))
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
         scores_BT, likeliest_BT = llama.next_token_scores(model, weights, tokens_BS, execution)
         sums_B = jnp.sum(jnp.where(counts_BT, scores_BT, 0), axis=1)

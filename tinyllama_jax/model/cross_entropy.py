@@ -69,7 +69,9 @@ def _cross_entropy(logits_ref, targets_ref, weights_ref, losses_ref, dlogits_ref
         return new_peak, total, chosen + jnp.sum(jnp.where(columns_C == target, logits_C, 0.0))
 
     lowest, zero = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
-    peak, total, chosen = jax.lax.fori_loop(0, steps, add, (zero + lowest, zero, zero))
+    # As indexing in JAX: what lies outside is nothing to learn from, and shows.
+    start = jnp.where((target >= 0) & (target < V), zero, jnp.nan)
+    peak, total, chosen = jax.lax.fori_loop(0, steps, add, (zero + lowest, zero, start))
     lse = peak + jnp.log(total)
     plgpu.store(losses_ref.at[row], lse - chosen)
 

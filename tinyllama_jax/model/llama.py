@@ -35,9 +35,9 @@ def whole(name: str, weight: jax.Array) -> jax.Array:
     return weight
 
 
-# What a block keeps for its backward pass so that no matrix product runs twice; rotations and the
-# SwiGLU product are computed again from these.
-MATRIX_PRODUCTS = ("query", "key", "value", "attn_o", "attn_lse", "normed", "scale", "gate", "up")
+# What a block keeps for its backward pass so that no matrix product runs twice: the SwiGLU product
+# is computed again, and the first norm, from the block's input.
+KEPT = ("query", "key", "value", "attn_o", "attn_lse", "normed", "scale", "gate", "up")
 
 # The gain of a block's norm -> the matrices that multiply what it scales.
 SCALED_BY = {
@@ -147,10 +147,12 @@ class Llama(nnx.Module):
     def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
         """The residual stream above the last block, (B, T, D)."""
         x_BTD = embed({"embedding_VD": self.embedding_VD[...]}, tokens_BT, gather)
-        layer = make_layer(self.config, execution, tokens_BT.shape[1], segment_ids_BT, gather)
+        # What is computed again is said here, for the layer as a whole: a scan would copy what its
+        # own barriers hold, and keeps the second time apart from the first by itself.
+        plain = ExecutionConfig(attention=execution.attention)
+        layer = make_layer(self.config, plain, tokens_BT.shape[1], segment_ids_BT, gather)
         if execution.recompute != "nothing":
             policy = keep_matrix_products if execution.recompute == "elementwise" else None
-            # A scan holds the second time apart from the first by itself.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
@@ -186,9 +188,9 @@ def make_layer(
 
 
 def keep_matrix_products(primitive: Primitive, *args, **params) -> bool:
-    """A policy for `jax.checkpoint`: keeps what is named in `MATRIX_PRODUCTS`, and what cuDNN's
+    """A policy for `jax.checkpoint`: keeps what is named in `KEPT`, and what cuDNN's
     forward pass of attention gives, which JAX does not name."""
-    by_name = jax.checkpoint_policies.save_only_these_names(*MATRIX_PRODUCTS)
+    by_name = jax.checkpoint_policies.save_only_these_names(*KEPT)
     return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
 
 
@@ -389,11 +391,6 @@ def loss(
     """
     weights = fold_gains(weights)
     x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], segment_ids_BT, execution, gather)
-    return head_loss(config, weights, x_BTD, tokens_BS, weights_BT, gather)
-
-
-def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, gather=whole):
-    """What `loss` returns, by folded weights from the residual stream above the last block."""
     with jax.named_scope("head"):
         h_BTD, _ = rms_norm(x_BTD, config.norm_eps)
         head_DV = gather("head_DV", weights["head_DV"])
@@ -401,8 +398,8 @@ def head_loss(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_B
 
 
 def head_gradients(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, sums):
-    """What `head_loss` returns, the gradient of x, and `sums`: a dict of fp32 gradients of the
-    weights, with theirs added."""
+    """What `loss` returns, from the stream above the last block and folded weights; the gradient of
+    that stream; and `sums`, a dict of fp32 gradients of the weights, with theirs added."""
     with jax.named_scope("head"):
         h_BTD, back = jax.vjp(lambda x_BTD: rms_norm(x_BTD, config.norm_eps)[0], x_BTD)
         loss, dh_BTD, dhead_DV, _ = next_token_gradients(

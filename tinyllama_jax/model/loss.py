@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from tinyllama_jax.model.attention import has_kernels
 from tinyllama_jax.model.cross_entropy import cross_entropy
 
-# Logits alive at once, by whether a kernel of ours puts their gradients in their place. The fewer
-# chunks, the less often the head's gradient is read and written: half a GiB in bf16; without the
-# kernel a quarter in fp32, several times over.
+# Logits alive at once, by whether our kernels are there. The fewer chunks, the less often the
+# head's gradient is read and written: half a GiB in bf16, whose gradients take its place; elsewhere
+# a quarter in fp32, several times over.
 CHUNK_LOGITS = {True: 2**28, False: 2**26}
 
 

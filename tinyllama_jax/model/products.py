@@ -149,9 +149,9 @@ def _dw(x_BTD, dy_BT, w_D):
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     dy_MX = dy_BT.reshape(len(x_MD), -1)
     dw_DX = jax.lax.dot_general(
-        x_MD, dy_MX, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        x_MD, dy_MX, (((0,), (0,)), ((), ())), preferred_element_type=w_D.dtype
     )
-    return dw_DX.reshape(w_D.shape).astype(w_D.dtype)
+    return dw_DX.reshape(w_D.shape)
 
 
 def _joined(group: tuple[jax.Array, ...]) -> jax.Array:

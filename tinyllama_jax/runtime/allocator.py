@@ -11,7 +11,7 @@ KEEP = (
 )
 
 # Of a GPU's memory: what JAX may take, and what `tinyllama plan` counts with. The rest is left to
-# CUDA's own context and code, to NCCL, and to fragments.
+# CUDA's context, to code, and to fragments.
 CARD_SHARE = 0.9
 
 

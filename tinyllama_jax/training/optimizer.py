@@ -4,10 +4,11 @@ import jax
 import optax
 
 from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.model.llama import SCALED_BY
 from tinyllama_jax.runtime.mesh import named_leaves, weight_name
 
 # Weights that are vectors in every layer; the rest are matrices.
-NORM_GAINS = ("blocks.attention_norm_D", "blocks.swiglu_norm_D", "norm_D")
+NORM_GAINS = (*(f"blocks.{gain}" for gain in SCALED_BY), "norm_D")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

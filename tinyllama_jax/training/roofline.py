@@ -50,9 +50,9 @@ SPEEDS = {
 # What elementwise work reaches of a card's bandwidth: assumed, as STREAM-like copies come close.
 BANDWIDTH_SHARE = 0.9
 # Bytes through memory beside matrix products and attention, for each byte that recompute
-# `elementwise` keeps, by `unroll_layers`: counted in the compiled step of the 1.1B, 4.9 and 10.3 MB
+# `elementwise` keeps, by `unroll_layers`: counted in the compiled step of the 1.1B, 4.8 and 9.1 MB
 # a token over 0.88 MB. Scanned layers copy what they keep into stacks and out again.
-TRAFFIC_OF_KEPT_BYTE = {True: 5.5, False: 11.7}
+TRAFFIC_OF_KEPT_BYTE = {True: 5.45, False: 10.3}
 # AdamW a parameter: weight, gradient and two moments read, three of them written (28 bytes), the
 # gradient read once more for its norm (4), and the weight written in bf16 (2).
 OPTIMIZER_TRAFFIC = 34
