@@ -192,7 +192,7 @@ def test_traffic_and_memory_of_one_h100_are_low(alone):
     per_token = program.other_bytes / (config.batch_rows * config.model.context)
     print(f"{per_token / 1e6:.2f} MB a token, peak {program.peak_bytes / GIB:.2f} GiB")
     assert per_token < 5.0e6
-    assert program.peak_bytes < 47.2 * GIB
+    assert program.peak_bytes < 47.5 * GIB
 
 
 def test_gradients_of_layers_add_onto_their_sums_inside_the_products(alone):
