@@ -23,17 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import triton
-from jax.sharding import NamedSharding, PartitionSpec
 
 import running
-from kernel_resources import KERNELS, Resources, disassemble, resources_of_program
+from kernel_resources import KERNELS, Resources, abstract_on, disassemble, resources_of_program
 from sass import LANES, Loop, inner_loops
 from tinyllama_jax.config import require
 from tinyllama_jax.model.attention import COMPUTE_CAPABILITY
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents
 from tinyllama_jax.model.tiles import TILES, Call, Tile, Tiles
-from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.runtime.targets import A100_40G, H100, Target, absent_devices
+from tinyllama_jax.runtime.targets import A100_40G, H100, Target
 from tinyllama_jax.training.flops import PEAK_FLOPS
 from tuning import candidates, kernel_call, tuning_case
 
@@ -91,21 +89,16 @@ class Options:
 
 def compile_kernel(backend: str, kernel: str, chip: str, tile: Tile, H: int) -> Resources:
     """One kernel in bf16, causal, compiled for a chip that need not be here."""
-    mesh = make_mesh(devices=absent_devices(TARGETS[chip]))
     kernels = importlib.import_module(f"tinyllama_jax.model.{backend}_kernels")
     case, tiles = tuning_case("bfloat16", H), Tiles(tile, tile, tile)
     call = Call(tiles, True, H**-0.5, case.T, False, COMPUTE_CAPABILITY[chip])
 
-    def abstract(heads, dtype=jnp.bfloat16, sums=False):
-        shape = (case.B, heads, case.T) if sums else (case.B, case.T, heads, H)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-    arrays = [abstract(case.N), abstract(case.K), abstract(case.K)]
-    if kernel != "flash_forward":
-        arrays += [abstract(case.N)] + 2 * [abstract(case.N, jnp.float32, sums=True)]
-
     def lower():
-        with jax.set_mesh(mesh):
+        with abstract_on(chip) as abstract:
+            heads = [case.N, case.K, case.K, *([] if kernel == "flash_forward" else [case.N])]
+            arrays = [abstract((case.B, case.T, n, H), jnp.bfloat16) for n in heads]
+            if kernel != "flash_forward":
+                arrays += 2 * [abstract((case.B, case.N, case.T), jnp.float32)]
             return jax.jit(kernel_call(FIELDS[kernel], kernels, call, case.T)).lower(*arrays)
 
     with tempfile.TemporaryDirectory() as folder:

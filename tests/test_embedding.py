@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from on_gpu import skip_without_gpu
 from tinyllama_jax.model.embedding import embedding, sums_by_token
 
 
@@ -54,16 +55,11 @@ def test_the_gradient_is_that_of_indexing():
     np.testing.assert_allclose(gradient(tokens_BT, dx_BTD, 20), exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.fixture
-def on_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("there is no GPU here")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", [192, 1100, 2048])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_on_a_gpu(on_gpu, D, dtype):
+def test_the_kernel_on_a_gpu(D, dtype):
+    skip_without_gpu()
     tokens_BT, x_BTD = random_case(4, 2048, D, 32_000, dtype)
     found = np.asarray(gradient(tokens_BT, x_BTD, 32_000))
     exact = exact_sums(tokens_BT, x_BTD, 32_000)

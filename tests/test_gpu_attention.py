@@ -17,6 +17,7 @@ from exact_attention import (
     assert_second_document_is_blind_to_first,
     inputs,
 )
+from on_gpu import skip_without_gpu
 from tinyllama_jax.model import attention as attention_module
 from tinyllama_jax.model.attention import attention, why_not
 
@@ -33,8 +34,7 @@ def poisoned_memory():
     which after an equal run is the right numbers. JAX keeps the memory that arrays leave, and hands
     it out again; blocks of every size fill the small holes too.
     """
-    if jax.default_backend() != "gpu":
-        pytest.skip("there is no GPU here")
+    skip_without_gpu()
     blocks = [jnp.full(2**power, jnp.nan) for power in range(6, 27) for _ in range(4)]
     jax.block_until_ready(blocks)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from on_gpu import skip_without_gpu
 from tinyllama_jax.model import cross_entropy as cross_entropy_module
 from tinyllama_jax.model import loss as loss_module
 from tinyllama_jax.model.cross_entropy import cross_entropy
@@ -123,16 +124,11 @@ def test_the_heads_gradient_is_added_onto_what_is_there():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def on_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("there is no GPU here")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("V", [1000, 32_000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_on_a_gpu(on_gpu, V, dtype):
+def test_the_kernel_on_a_gpu(V, dtype):
+    skip_without_gpu()
     arguments = rows(300, V, dtype)
     check_rows(jax.jit(cross_entropy)(*arguments), *arguments)
 

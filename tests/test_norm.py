@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from on_gpu import skip_without_gpu
 from tinyllama_jax.model.norm import (
     add_norm,
     add_norm_by_kernel,
@@ -74,16 +75,11 @@ def test_the_gradient_equals_that_of_plain_jax(by_kernel, D, dtype, terms):
     assert_near(found, np.asarray(dx32 + back(sum(dhs32))[0], np.float64), dtype)
 
 
-@pytest.fixture
-def on_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("there is no GPU here")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", [192, 1100, 2048])
 @dtypes
-def test_the_kernels_on_a_gpu(on_gpu, D, dtype):
+def test_the_kernels_on_a_gpu(D, dtype):
+    skip_without_gpu()
     x, y, dx, *dhs = arrays(5, D, dtype, B=4, T=500)
     total, h, scale = jax.jit(add_norm_by_kernel, static_argnums=2)(x, y, EPS)
     np.testing.assert_array_equal(total, x + y)
