@@ -5,10 +5,12 @@
 
 The step is that of benchmarks/training.py, on the same random tokens; some steps after the first
 are traced by JAX's profiler, as `tinyllama train --profile` does. A table and a picture lie in
-results/ with their JSON.
+results/ with their JSON. With `--keep` the profiler's own file and the text of the compiled step
+stay too, for questions that the table does not answer.
 """
 
 import dataclasses
+import gzip
 import tempfile
 from pathlib import Path
 
@@ -38,6 +40,8 @@ class Options:
     micro_rows: int = 16
     """Of a GPU."""
     attention: AttentionBackend = "auto"
+    keep: Path | None = None
+    """A folder for the trace and the compiled step, each gzipped; by default they are removed."""
     quick: bool = False
     out: Path | None = None
     """Where the results go, without suffix; benchmarks/results/DATE-breakdown-DEVICE by default."""
@@ -55,7 +59,7 @@ def spec_of(model: str, on_gpu: bool, options: Options) -> running.Spec:
 
 
 def measure(spec: running.Spec, folder: Path) -> Breakdown:
-    """Trains, and traces the last steps into a folder."""
+    """Trains, and traces the last steps into a folder, where the compiled step goes too."""
     config, mesh = ours.config_of(spec, OPTIMIZER, SCHEDULED), make_mesh(devices=jax.devices()[:1])
     keep_programs(mesh)
     steps = range(WARMUP + 1, WARMUP + spec["steps"] + 1)
@@ -67,6 +71,8 @@ def measure(spec: running.Spec, folder: Path) -> Breakdown:
             batch = put_batch(tokens_ABS, mesh, 1), put_batch(loss_weights(tokens_ABS), mesh, 1)
             state, _ = train_step(state, *batch)
         found = profiler.end(train_step, jax.block_until_ready(state), batch)
+        assert batch is not None
+        (folder / "step.hlo").write_text(train_step.lower(state, *batch).compile().as_text() or "")
     require(found is not None, "There is nothing to report.")
     assert found
     return found
@@ -111,6 +117,11 @@ def main(options: Options) -> int:
     spec = spec_of(model, on_gpu, options)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(spec, Path(folder))
+        if options.keep:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            for path in (*Path(folder).rglob("*.xplane.pb"), Path(folder, "step.hlo")):
+                kept = options.keep / f"breakdown-{model}-{path.name}.gz"
+                kept.write_bytes(gzip.compress(path.read_bytes()))
     report(found, model, spec, options)
     return 0
 

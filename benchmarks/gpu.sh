@@ -30,7 +30,7 @@
 #   CACHES=folder   what is compiled, for the next stage and the next call
 #   COMMIT=...      what the files are, where git is not
 #   PYTHON=python3
-#   OUT=folder      where the archive goes
+#   OUT=folder      where the archive goes, and of breakdown the trace and the compiled step
 set -uo pipefail
 
 STAGES=${STAGES:-smoke training breakdown peers} LIMIT=${LIMIT:-530} MODEL=${MODEL:-1b}
@@ -83,7 +83,10 @@ stage_smoke() { run smoke 100 "$PYTHON" benchmarks/smoke.py || exit 1; }
 stage_training() { training training 330 --systems ours peer ours; }
 stage_peers() { training peers 400 --systems peers ours; }
 stage_variants() { training variants 530 --systems variants; }
-stage_breakdown() { run breakdown 90 "$PYTHON" benchmarks/breakdown.py --model "$MODEL"; }
+stage_breakdown() {
+  # Beside the archive, which must not grow beyond what can be carried.
+  run breakdown 90 "$PYTHON" benchmarks/breakdown.py --model "$MODEL" ${OUT:+--keep "$OUT"}
+}
 stage_ceilings() { run ceilings 60 "$PYTHON" benchmarks/ceilings.py --tokens 32768; }
 stage_attention() { run attention 190 "$PYTHON" benchmarks/attention.py; }
 stage_decoding() { run decoding 240 "$PYTHON" benchmarks/generation.py; }

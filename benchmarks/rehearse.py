@@ -140,9 +140,12 @@ def faults(call: Call, code: int, printed: str, out: Path, sha: str) -> list[str
     found = [] if code == call.code else [f"exit code {code} instead of {call.code}"]
     if call.code == 2:  # nothing is begun
         return found + ["it names no command that helps"] * ("make wheels" not in printed)
-    names = sorted(path.name for path in out.iterdir())
-    if names != ["results.tar.gz"]:
-        return [*found, f"{out} holds {names} and not one archive"]
+    names = {path.name for path in out.iterdir()}
+    kept = {name for name in names if name.startswith("breakdown-")}
+    if len(kept) != 2 * ("breakdown" in call.stages):
+        found.append(f"breakdown kept {sorted(kept)} and not a trace and a compiled step")
+    if names - kept != {"results.tar.gz"}:
+        return [*found, f"{out} holds {sorted(names)} and not one archive"]
     with tarfile.open(out / "results.tar.gz") as archive:
         files = {x.name: archive.extractfile(x).read().decode(errors="replace") for x in archive}
     for stage in call.stages.split():

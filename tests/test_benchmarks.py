@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gzip
 import importlib
 import importlib.util
 import json
@@ -347,7 +348,8 @@ def test_a_breakdown_of_the_step_is_measured_and_written(scripts, tmp_path, caps
         return end(self, step, state, batch)
 
     monkeypatch.setattr(breakdown.Profiler, "end", noted_end)
-    breakdown.main(breakdown.Options(steps=2, quick=True, out=tmp_path / "found"))
+    kept = tmp_path / "kept"
+    breakdown.main(breakdown.Options(steps=2, keep=kept, quick=True, out=tmp_path / "found"))
     assert done == [True] and "matrix products" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     seconds = {row["kind"]: row["seconds"] for row in found["rows"]}
@@ -356,7 +358,10 @@ def test_a_breakdown_of_the_step_is_measured_and_written(scripts, tmp_path, caps
     assert found["spec"]["micro_rows"] == 4 and found["versions"]["jax"] == jax.__version__
     assert "| matrix products |" in (tmp_path / "found.md").read_text()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"found.json", "found.md", "found.png"}
+    assert names == {"found.json", "found.md", "found.png", "kept"}
+    step, trace = sorted(kept.iterdir(), key=lambda path: ".xplane." in path.name)
+    assert gzip.decompress(step.read_bytes()).startswith(b"HloModule jit_step")
+    assert b"dot" in gzip.decompress(trace.read_bytes())
 
 
 @pytest.mark.torch
