@@ -28,7 +28,7 @@
 #   DATA=folder     of learning: rows of a prepared dataset instead of Python's standard library;
 #                   needs grain
 #   CACHES=folder   what is compiled, for the next stage and the next call
-#   COMMIT=...      what the files are, where git is not
+#   COMMIT=...      what the files are, where git does not know
 #   PYTHON=python3
 #   OUT=folder      where the archive goes, and of breakdown the trace and the compiled step
 set -uo pipefail

@@ -192,8 +192,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """What is checked out, in full and with `-dirty` where files differ; without git what COMMIT
-    says, for machines that are given the files alone."""
+    """What COMMIT says, or what is checked out: in full, and with `-dirty` where files differ.
+
+    A machine that is lent may have the files of one commit and the git folder of another, so that
+    whoever sends them has the word.
+    """
+    if named := os.environ.get("COMMIT"):
+        return named
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
         # Or git would tell of a repository that the files happen to lie in.
@@ -202,7 +207,7 @@ def commit() -> str | None:
             return shown.stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         pass
-    return os.environ.get("COMMIT") or None
+    return None
 
 
 def results_path(options: Any, name: str, device: str) -> Path | None:

@@ -89,7 +89,7 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
             ours(3 * rows // 2),
             ours(without=("norm",)),
             ours(without=("loss",)),
-            ours(flags={"xla_gpu_enable_triton_gemm": False}),
+            ours(flags={"xla_gpu_enable_triton_gemm": True}),
             ours(),
             ours(attention="pallas"),
             ours(recompute="nothing"),
@@ -148,7 +148,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(compiler.GPU_OPTIONS, spec["flags"]))
+        stack.enter_context(mock.patch.dict(compiler.SINGLE_GPU_OPTIONS, spec["flags"]))
         for module in spec["without"]:
             name = f"tinyllama_jax.model.{module}.has_kernels"
             stack.enter_context(mock.patch(name, lambda: False))

@@ -21,7 +21,7 @@ from tinyllama_jax.training.breakdown import (
 )
 from tinyllama_jax.training.breakdown_table import cells, draw, write
 from tinyllama_jax.training.plan import lower_step
-from tinyllama_jax.training.program import read_kinds, read_program, read_traffic
+from tinyllama_jax.training.program import kernel_kind, read_kinds, read_program, read_traffic
 
 MS = 1e6  # in ns
 EVENTS = [
@@ -180,6 +180,8 @@ def test_every_product_and_kernel_of_the_step_for_an_h100_is_found(backend):
         call = rf"%([\w.-]+) = .* custom-call\(.*op_name=\"[^\"]*/{kernel}/"
         names = re.findall(call, compiled.as_text())
         assert len(names) == model.layers and {kinds[name] for name in names} == {"attention"}
+        assert kernel_kind(kernel, kinds) == "attention"
+    assert kernel_kind("norm_gradient__1", kinds) == kernel_kind("add_norm", kinds) == "memory"
     moved = read_traffic(compiled)
     assert sum(size for _, size in moved) == program.other_bytes
     # A loop's share is that of all its rounds, and SwiGLU's backward pass reads three arrays of it

@@ -10,7 +10,12 @@ import pytest
 
 from kernel_resources import KERNELS, OPTIMISED, kernel_calls
 from tinyllama_jax.config_file import load_config
-from tinyllama_jax.runtime.compiler import GPU_OPTIONS, compiler_options, is_known
+from tinyllama_jax.runtime.compiler import (
+    GPU_OPTIONS,
+    SINGLE_GPU_OPTIONS,
+    compiler_options,
+    is_known,
+)
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.runtime.targets import A100_40G, H100, absent_devices
 from tinyllama_jax.training.plan import lower_step
@@ -204,7 +209,9 @@ def test_gradients_of_layers_add_onto_their_sums_inside_the_products(alone):
 
 def test_every_compiler_option_is_known():
     mesh = make_mesh(devices=absent_devices(A100_40G))
-    assert compiler_options(mesh) == GPU_OPTIONS
+    assert compiler_options(mesh) == GPU_OPTIONS | SINGLE_GPU_OPTIONS
+    several = make_mesh(devices=absent_devices(A100_40G, hosts=1, per_host=2))
+    assert compiler_options(several) == GPU_OPTIONS
     assert not is_known("xla_gpu_make_it_fast", True, mesh)
 
 

@@ -23,7 +23,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 def arrays(count, D, dtype, B=3, T=7):
     """Rows of every size, so that a sum over the wrong axis shows."""
     keys = jax.random.split(jax.random.key(D), count)
-    sizes_BT1 = jnp.exp(jnp.arange(B * T) / 7).reshape(B, T, 1)
+    sizes_BT1 = jnp.exp(jnp.linspace(0, 3, B * T)).reshape(B, T, 1)
     return [(sizes_BT1 * jax.random.normal(key, (B, T, D))).astype(dtype) for key in keys]
 
 

@@ -93,16 +93,17 @@ def test_a_token_of_the_1b_takes_what_its_formula_says(config_1b):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "low", "high"), [("a100_1", 24_000, 32_200), ("h100_1", 45_500, 85_000)]
+    ("mesh", "low", "high"), [("a100_1", 24_000, 32_200), ("h100_1", 80_950, 85_700)]
 )
-def test_the_1b_is_predicted_between_published_runs_and_the_roofline(config_1b, mesh, low, high):
+def test_the_1b_is_predicted_between_measured_runs_and_the_roofline(config_1b, mesh, low, high):
     found = estimate(config_1b, mesh).tokens_per_second_per_device
     assert found == pytest.approx((low, high), rel=0.04)
-    # Scanned layers move more bytes: the roofline is lower, the published run as fast.
+    # Scanned layers move more bytes.
     execution = dataclasses.replace(config_1b.execution, unroll_layers=False)
     scanned = dataclasses.replace(config_1b, execution=execution)
     found_scanned = estimate(scanned, mesh).tokens_per_second_per_device
-    assert found_scanned[0] == found[0] < found_scanned[1] < found[1]
+    assert found_scanned[0] < found[0] and found_scanned[1] < found[1]
+    assert found_scanned[0] < found_scanned[1]
 
 
 def test_days_and_dollars_follow_from_tokens_a_second(config_1b):

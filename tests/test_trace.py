@@ -180,10 +180,43 @@ def test_streams_of_the_first_gpu_are_read(tmp_path):
     assert events == [
         Event("matmul", 1005, 1020),
         Event("memory", 1020, 1030),
-        Event("unknown", 1030, 1031),
+        Event("memory", 1030, 1031),
         Event("other", 1045, 1050),
         Event("other", 1010, 1012),
     ]
+
+
+GRAPH = KINDS | {
+    "loop_add_fusion.12": "memory",
+    "input_reduce_fusion": "optimizer",
+    "pallas_call.7": "memory",
+    "norm_gradient": "memory",
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("loop_add_fusion_12", "memory"),
+        ("input_reduce_fusion", "optimizer"),
+        ("norm_gradient__1", "memory"),
+        ("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", "matmul"),
+        ("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x32", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", "attention"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("Memset 3", "memory"),
+        ("memcpy32_post", "memory"),
+        ("loop_add_fusion_13", "unknown"),
+    ],
+)
+def test_kernels_of_a_graph_tell_by_their_own_names_what_they_are(tmp_path, kernel, kind):
+    """All have the graph's name where others have their instruction's; names as an H100 gave them,
+    but for the A100's product and NCCL's."""
+    streams = {"Stream #14(Compute)": [(kernel, 5, 20, of_step("command_buffer_54"))]}
+    planes = {"/host:CPU": {"main": MAIN}, "/device:GPU:0": streams}
+    _, events = read_trace(xplane(tmp_path / "x", planes), "jit_step", GRAPH)
+    assert events == [Event(kind, 1005, 1020)]
 
 
 def test_what_threads_of_a_cpu_go_on_with_is_a_part_of_the_instruction(tmp_path):

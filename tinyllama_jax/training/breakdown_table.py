@@ -22,10 +22,6 @@ def title(found: Breakdown) -> str:
 
 def legend(found: Breakdown) -> list[str]:
     lines = ["Means of one device. Kinds that run at the same time share it evenly."]
-    if found.device != "cpu":
-        lines.append(
-            "While it is traced, a GPU is given each operation by itself, never as a graph."
-        )
     if found.roofline_seconds is not None:
         lines.append("Roofline: the least time at speeds that others measured (roofline.py).")
     return lines

@@ -24,7 +24,7 @@ def render(plan: Plan) -> RenderableType:
         f"Network: {waits if plan.compiled else f'{waits} if nothing hides it'}": _collectives(
             plan
         ),
-        "Prediction, from what published systems reach to the roofline; not measured": _speed(plan),
+        "Prediction, from the speed of a run that was measured to the roofline": _speed(plan),
         "Data": _sources(plan),
     }
     shown: list[RenderableType] = []

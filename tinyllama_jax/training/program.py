@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -30,6 +30,13 @@ FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after
 # Instructions that only run other computations.
 CONTROL = {"while", "call", "conditional"}
 OPTIMIZER_SCOPE = "optimizer"  # what step.py names the update by
+# What the kernels of libraries, which name themselves, have in their names; the first that fits.
+LIBRARY_KERNELS: tuple[tuple[Kind, str], ...] = (
+    ("attention", r"fmha|sdpa|cudnn|flash"),
+    ("matmul", r"nvjet|gemm|cutlass|xmma|cublas"),
+    ("communication", r"nccl"),
+    ("memory", r"(?i)^mem(cpy|set)"),
+)
 # Matrix products of T x T x H in each of our kernels, a head (Dao 2023, algorithms 1 and 2).
 KERNEL_PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 
@@ -105,20 +112,35 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
 
 
 def read_kinds(compiled: jax.stages.Compiled) -> tuple[str, dict[str, Kind]]:
-    """The name of a program, and what each of its instructions that does something is, by name.
+    """The name of a program, and what each of its instructions that does something is, by name;
+    kernels of our own in it go by theirs too.
 
     A fusion that holds a matrix product is one, and one that holds a part of the update belongs to
     the optimizer. `memory` is all that is of no other kind. Reads programs for CPUs too.
     """
     text = compiled.as_text() or ""
     schedule = _Schedule(text)
-    kinds: dict[str, Kind] = {
-        instruction.name: kind
-        for computation in schedule.computations.values()
-        for instruction in computation.values()
-        if (kind := schedule.kind(instruction)) is not None
-    }
+    kinds: dict[str, Kind] = {}
+    for computation in schedule.computations.values():
+        for instruction in computation.values():
+            if (kind := schedule.kind(instruction)) is not None:
+                kinds[instruction.name] = kind
+                if kernel := instruction.attribute(r'\bname = "(\w+)"'):
+                    kinds[kernel] = kind
     return text.split(maxsplit=2)[1].rstrip(","), kinds
+
+
+def kernel_kind(kernel: str, kinds: Mapping[str, Kind]) -> Kind | None:
+    """What a kernel of a GPU works on, by its name alone; None if that does not tell.
+
+    Those that XLA compiles are named after an instruction, `loop_add_fusion_12` after
+    `loop_add_fusion.12`, which all that compute the same share; ours have `__1` and so on behind
+    their name where there are several.
+    """
+    for name in (kernel, re.sub(r"_(\d+)$", r".\1", kernel), re.sub(r"__\d+$", "", kernel)):
+        if name in kinds:
+            return kinds[name]
+    return next((kind for kind, words in LIBRARY_KERNELS if re.search(words, kernel)), None)
 
 
 def read_traffic(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:

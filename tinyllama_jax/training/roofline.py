@@ -1,6 +1,6 @@
 """How fast a step can be: its work over what a card has been seen to reach, and its network.
 
-Predictions, made of what others measured; each constant names who did.
+Predictions, made of what was measured; each constant names who did.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Speeds:
     attention_source: str
     published_on: Target
     published: float
-    """Tokens/s of one GPU that a training system reached with a model of this size."""
+    """Tokens/s of one GPU that a training system reached with the 1.1B."""
     published_source: str
 
 
@@ -42,8 +42,8 @@ SPEEDS = {
         attention=3.5 / (1 / 402e12 + 2.5 / 254e12),
         attention_source="cuDNN forward 402, tokamax backward 254",
         published_on=H100,
-        published=45_455,  # of a model with a fifth more weights: a careful end of the range
-        published_source="llm-foundry's benchmarks, MPT-1B",
+        published=80_950,
+        published_source="this project on one H100, benchmarks/results/, 2026-11-27",
     ),
 }
 
@@ -167,9 +167,7 @@ def shortfall(target: Target) -> float:
 
 
 def published_seconds(config: Config, devices: int, fsdp: int, target: Target) -> float:
-    """The time of a step at the speed of a published run: the roofline, and its shortfall."""
-    execution = dataclasses.replace(config.execution, unroll_layers=True, gather="step")
-    config = dataclasses.replace(config, execution=execution)
+    """The time of a step that falls as short of its roofline as a published run did."""
     return shortfall(target) * seconds(work_by_formula(config, devices, fsdp), target)
 
 
@@ -222,8 +220,8 @@ def assumptions(target: Target, network: float) -> list[str]:
         f"{speeds.attention / 1e12:.0f} TFLOP/s ({speeds.attention_source}), memory "
         f"{BANDWIDTH_SHARE * target.bandwidth / 1e12:.2f} TB/s ({BANDWIDTH_SHARE:.0%} of the "
         "card's, assumed)",
-        f"slow end: {shortfall(target):.2f} times the roofline of unrolled layers, as in a "
-        f"published run of this size: {speeds.published:,.0f} tokens/s a GPU "
+        f"slow end: {shortfall(target):.2f} times the roofline, as was measured with "
+        f"the 1.1B: {speeds.published:,.0f} tokens/s a GPU "
         f"({speeds.published_source})",
         f"network: {network * 8 / 1e9:.0f} Gb/s a node each way (--network), NVLink "
         f"{target.nvlink / 1e9:.0f} GB/s a GPU each way (data sheet)",

@@ -20,7 +20,7 @@ from tinyllama_jax.training.breakdown import (
     roofline_by_kind,
 )
 from tinyllama_jax.training.breakdown_table import write
-from tinyllama_jax.training.program import Kind, read_kinds
+from tinyllama_jax.training.program import Kind, kernel_kind, read_kinds
 
 Say = Callable[[str], None]
 
@@ -182,9 +182,7 @@ def read_trace(
         done = [line for lines in streams for line in _lines(lines)]
     else:
         done = _on_first_cpu(host)
-    return windows, [
-        Event(_kind(line.facts, program, kinds), line.start, line.end) for line in done
-    ]
+    return windows, [Event(_kind(line, program, kinds), line.start, line.end) for line in done]
 
 
 def _lines(line) -> list[_Line]:
@@ -212,7 +210,8 @@ def _on_first_cpu(host: list[_Line]) -> list[_Line]:
     ]
 
 
-def _kind(facts: dict, program: str, kinds: dict[str, Kind]) -> str:
-    if facts.get("hlo_module") != program:
+def _kind(line: _Line, program: str, kinds: dict[str, Kind]) -> str:
+    if line.facts.get("hlo_module") != program:
         return "other"
-    return kinds.get(facts.get("hlo_op", ""), "unknown")
+    # A GPU is given many instructions as one graph, whose name all their kernels have as `hlo_op`.
+    return kinds.get(line.facts.get("hlo_op", "")) or kernel_kind(line.name, kinds) or "unknown"
