@@ -27,7 +27,8 @@ from rich.console import Console
 import running
 from report import COLUMNS, LEGEND, TOLERANCE, Row, auto_rows, cells, compare, terminal_table
 from systems import OURS, SYSTEMS, Case, Inputs, Run
-from tinyllama_jax.config import make_folder, require
+from tinyllama_jax.errors import require
+from tinyllama_jax.files import make_folder
 from tinyllama_jax.model.attention import CHIPS, attention, device_chip
 
 SETS = 3  # of inputs

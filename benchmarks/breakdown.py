@@ -19,15 +19,17 @@ from rich.console import Console
 
 import ours
 import running
-from tinyllama_jax.config import AttentionBackend, aside_name, require
+from tinyllama_jax.config import AttentionBackend
 from tinyllama_jax.data.boundaries import loss_weights
+from tinyllama_jax.errors import require
+from tinyllama_jax.files import aside_name
+from tinyllama_jax.performance.breakdown import Breakdown
+from tinyllama_jax.performance.breakdown_table import COLUMNS, cells, draw, legend, render, title
+from tinyllama_jax.performance.trace import Profiler
 from tinyllama_jax.runtime.allocator import keep_memory
 from tinyllama_jax.runtime.compiler import keep_programs
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
-from tinyllama_jax.training.breakdown import Breakdown
-from tinyllama_jax.training.breakdown_table import COLUMNS, cells, draw, legend, render, title
 from tinyllama_jax.training.step import init_state, make_step
-from tinyllama_jax.training.trace import Profiler
 from training import OPTIMIZER, ROWS, SCHEDULED, WARMUP, token_batches
 
 

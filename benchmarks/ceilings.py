@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import running
 from tinyllama_jax.config import TINYLLAMA_1B
-from tinyllama_jax.training.flops import PEAK_FLOPS
+from tinyllama_jax.performance.flops import PEAK_FLOPS
 
 ROUNDS = 5
 SETS = 3  # of operands in turn: more than a cache holds

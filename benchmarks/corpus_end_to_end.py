@@ -31,10 +31,10 @@ from rich.table import Table
 import data
 from tinyllama_jax import cli
 from tinyllama_jax.config import DEMO
-from tinyllama_jax.data import readers
-from tinyllama_jax.data.corpus import prepare_corpus
-from tinyllama_jax.data.prepare import read_manifest
+from tinyllama_jax.data.format import read_manifest
 from tinyllama_jax.data.tokenizer import file_sha256, train_tokenizer
+from tinyllama_jax.preparation import readers
+from tinyllama_jax.preparation.corpus import prepare_corpus
 
 SHARES = {"slimpajama": 0.693584, "starcoder": 0.306416}
 # Small groups need a larger share for a record of validation.
@@ -179,7 +179,7 @@ def prepare(options: Options, folder: Path, name: str) -> list[list[str]]:
         wanted = wanted or found
         leftovers = [path.name for path in folder.glob(f"{name}.*")]
         same = found == wanted and not leftovers
-        whole = cli.main(["verify", str(out)]) == cli.DONE
+        whole = cli.main(["verify", str(out)]) == 0
         splits = read_manifest(out)["splits"].values()
         groups = 1 + max(shard["group"] for split in splits for shard in split["shards"])
         counts = sum(len(split["shards"]) for split in splits), sum(s["tokens"] for s in splits)

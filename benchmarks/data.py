@@ -39,9 +39,9 @@ from rich.console import Console
 from rich.table import Table
 
 import reading
-from tinyllama_jax.data.corpus import prepare_corpus
-from tinyllama_jax.data.readers import CORPORA, Tally, list_files, read_documents
 from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.preparation.corpus import prepare_corpus
+from tinyllama_jax.preparation.readers import CORPORA, Tally, list_files, read_documents
 
 FILE_BYTES = 2**21  # of text
 GROUP_BYTES = 2**21  # small, so that this little text has groups for all cores

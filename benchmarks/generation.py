@@ -35,10 +35,11 @@ import numpy as np
 
 import running
 from ceilings import copy_speeds
-from tinyllama_jax.config import LlamaConfig, first_line, require
-from tinyllama_jax.inference import huggingface
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.conversion import huggingface
+from tinyllama_jax.conversion.tensors import unread_layers
+from tinyllama_jax.errors import first_line, require
 from tinyllama_jax.inference.generate import stream
-from tinyllama_jax.inference.tensors import unread_layers
 from tinyllama_jax.runtime.mesh import make_mesh, on_every_device
 
 # Model -> new tokens of a row: of the 1.1B few, since a CPU reads 4.4 GB for each.

@@ -97,8 +97,8 @@ stage_tests() {
   parallel=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null)
   # shellcheck disable=SC2086
   XLA_PYTHON_CLIENT_PREALLOCATE=false run tests 120 "$PYTHON" -m pytest -p no:cacheprovider \
-    --noconftest $parallel -rfEs -m gpu tests/test_gpu_attention.py tests/test_embedding.py \
-    tests/test_norm.py tests/test_loss.py
+    --noconftest $parallel -rfEs -m gpu tests/model/test_gpu_attention.py tests/model/test_embedding.py \
+    tests/model/test_norm.py tests/model/test_loss.py
 }
 
 stage_sanitizer() {

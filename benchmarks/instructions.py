@@ -27,12 +27,12 @@ import triton
 import running
 from kernel_resources import KERNELS, Resources, abstract_on, disassemble, resources_of_program
 from sass import LANES, Loop, inner_loops
-from tinyllama_jax.config import require
+from tinyllama_jax.errors import require
 from tinyllama_jax.model.attention import COMPUTE_CAPABILITY
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents
 from tinyllama_jax.model.tiles import TILES, Call, Tile, Tiles
-from tinyllama_jax.runtime.targets import A100_40G, H100, Target
-from tinyllama_jax.training.flops import PEAK_FLOPS
+from tinyllama_jax.performance.flops import PEAK_FLOPS
+from tinyllama_jax.performance.targets import A100_40G, H100, Target
 from tuning import candidates, kernel_call, tuning_case
 
 TARGETS = {"A100": A100_40G, "H100": H100}

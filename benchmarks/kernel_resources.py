@@ -15,8 +15,8 @@ import triton
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.model import triton_kernels
+from tinyllama_jax.performance.targets import A100_40G, H100, absent_devices
 from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.runtime.targets import A100_40G, H100, absent_devices
 
 KERNELS = ("flash_forward", "flash_dq", "flash_dkdv")  # of attention
 OTHERS = ("embedding_gradient", "add_norm", "norm_gradient", "cross_entropy")

@@ -25,15 +25,10 @@ import numpy as np
 from rich.console import Console
 
 import running
-from tinyllama_jax.config import (
-    LlamaConfig,
-    OptimizerConfig,
-    UserError,
-    aside_name,
-    make_folder,
-    require,
-)
-from tinyllama_jax.training.flops import PEAK_FLOPS, flops_per_token
+from tinyllama_jax.config import LlamaConfig, OptimizerConfig
+from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import aside_name, make_folder
+from tinyllama_jax.performance.flops import PEAK_FLOPS, flops_per_token
 
 SEEDS = (0, 1)
 SYSTEMS = ("ours", "torch")
@@ -73,7 +68,7 @@ def make_files(spec: running.Spec) -> dict[str, Any]:
     import jax
     from safetensors.numpy import save_file
 
-    from tinyllama_jax.inference import tensors
+    from tinyllama_jax.conversion import tensors
     from tinyllama_jax.model.llama import init_weights
 
     config, folder = LlamaConfig(**spec["model"]), Path(spec["folder"])
@@ -90,9 +85,10 @@ def make_files(spec: running.Spec) -> dict[str, Any]:
 
 def library_rows(config: LlamaConfig, tokenizer: Path) -> np.ndarray:
     """The training split of both embedded sources as rows (N, S); trains the tokenizer first."""
-    from tinyllama_jax.data.documents import standard_library
-    from tinyllama_jax.data.packing import RECORD, Packer, pack
+    from tinyllama_jax.data.format import RECORD
     from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
+    from tinyllama_jax.preparation.documents import standard_library
+    from tinyllama_jax.preparation.packing import Packer, pack
 
     texts = [doc.text for splits in standard_library().values() for doc in splits["train"]]
     train_tokenizer(texts, config.vocab_size, tokenizer)
@@ -104,8 +100,8 @@ def library_rows(config: LlamaConfig, tokenizer: Path) -> np.ndarray:
 
 def dataset_rows(folder: str, config: LlamaConfig, count: int) -> np.ndarray:
     """The first rows (N, S) of a dataset's training split, `count` at most."""
-    from tinyllama_jax.data.mixture import Rows
-    from tinyllama_jax.data.packing import is_padding
+    from tinyllama_jax.data.format import is_padding
+    from tinyllama_jax.data.rows import Rows
 
     source = Rows(folder, "train", config.context, config.vocab_size)
     rows_NS = source.read(np.arange(min(count, len(source))))
@@ -130,7 +126,7 @@ def run_ours(spec: running.Spec) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     import ours
-    from tinyllama_jax.inference import tensors
+    from tinyllama_jax.conversion import tensors
 
     config = ours.config_of(spec, optimizer_of(spec["steps"]), spec["steps"])
     read = load_file(Path(spec["folder"]) / f"{spec['seed']}.safetensors").__getitem__

@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_jax.data.mixture import Mixture, Rows, batches
-from tinyllama_jax.data.packing import RECORD
-from tinyllama_jax.data.prepare import MANIFEST
-from tinyllama_jax.data.shards import ShardWriter, shard_name, token_features, write_tfds_metadata
+from tinyllama_jax.data.format import MANIFEST, RECORD
+from tinyllama_jax.data.mixture import Mixture, batches
+from tinyllama_jax.data.rows import Rows
+from tinyllama_jax.preparation.shards import (
+    ShardWriter,
+    shard_name,
+    token_features,
+    write_tfds_metadata,
+)
 
 VOCAB, CONTEXT = 32_000, 2048
 MICRO_BATCHES, ROWS = 8, 64  # what one of two nodes reads for a step of the 1.1B on 16 GPUs

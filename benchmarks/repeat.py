@@ -32,7 +32,8 @@ import numpy as np
 from rich.console import Console
 
 import running
-from tinyllama_jax.config import OptimizerConfig, require
+from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.errors import require
 
 WARMUP = 5
 OPTIMIZER = OptimizerConfig(warmup_steps=0)

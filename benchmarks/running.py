@@ -24,16 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyllama_jax.config import (
-    DEMO,
-    TINYLLAMA_1B,
-    TINYLLAMA_120M,
-    LlamaConfig,
-    UserError,
-    first_line,
-    make_folder,
-    write_aside,
-)
+from tinyllama_jax.config import DEMO, TINYLLAMA_1B, TINYLLAMA_120M, LlamaConfig
+from tinyllama_jax.errors import UserError, first_line
+from tinyllama_jax.files import make_folder, write_aside
 from tinyllama_jax.runtime.allocator import take_card
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections import Counter
 
-from tinyllama_jax.config import require
+from tinyllama_jax.errors import require
 
 # Unit -> instructions, by their names up to the first dot.
 _NAMES = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import running
-from tinyllama_jax.config import first_line
+from tinyllama_jax.errors import first_line
 
 TOLERANCE = 1e-2  # bf16 rounds to 1e-3 to 1e-2
 # What no program can do without is looked for by gpu.sh, before any program starts.

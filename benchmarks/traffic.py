@@ -16,12 +16,13 @@ from collections import Counter
 import jax
 
 import running
-from tinyllama_jax.config import OptimizerConfig, require
+from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.errors import require
+from tinyllama_jax.performance.program import read_traffic
+from tinyllama_jax.performance.roofline import BANDWIDTH_SHARE
+from tinyllama_jax.performance.targets import NODE_DEVICES, absent_devices, parse_mesh_name
+from tinyllama_jax.planning.plan import compile_step
 from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.runtime.targets import NODE_DEVICES, absent_devices, parse_mesh_name
-from tinyllama_jax.training.plan import compile_step
-from tinyllama_jax.training.program import read_traffic
-from tinyllama_jax.training.roofline import BANDWIDTH_SHARE
 
 SCOPES = ("optimizer", "attention", "swiglu", "head")
 

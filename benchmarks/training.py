@@ -31,8 +31,9 @@ from rich.console import Console
 
 import running
 from running import MODELS, NO_TIME
-from tinyllama_jax.config import LlamaConfig, OptimizerConfig, require
-from tinyllama_jax.training.flops import flops_per_token, mfu
+from tinyllama_jax.config import LlamaConfig, OptimizerConfig
+from tinyllama_jax.errors import require
+from tinyllama_jax.performance.flops import flops_per_token, mfu
 
 # Rows of a step: 131,072 tokens and more, but for those that a CPU trains.
 ROWS = {"1b": 64, "120m": 64, "demo": 8, "tiny": 8}
@@ -143,8 +144,8 @@ def token_batches(spec: dict[str, Any]):
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import ours
+    from tinyllama_jax.performance.breakdown import roofline_by_kind
     from tinyllama_jax.runtime import compiler
-    from tinyllama_jax.training.breakdown import roofline_by_kind
 
     config = ours.config_of(spec, OPTIMIZER, SCHEDULED)
     with contextlib.ExitStack() as stack:
@@ -335,7 +336,7 @@ def report(rows: list[dict[str, Any]], model: str, options: Options, last: bool 
         "included, in the order in which they ran.",
         f"Of peak: {formula[0]} GFLOP a token with full attention (6 N' + 12 L N H T), "
         f"{formula[1]} causally (6 N' + 6 L N H T), over the data sheet's bf16 peak.",
-        "Predicted: the roofline of the compiled program (training/roofline.py).",
+        "Predicted: the roofline of the compiled program (performance/roofline.py).",
         "First step: from the start of the process; a system that ran before finds its programs "
         "compiled, but for ours on a CPU.",
         *ratio(rows),

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 import running
 from systems import Case, Inputs
-from tinyllama_jax.config import UserError, require, write_aside
+from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.model.attention import CHIPS, attention
 from tinyllama_jax.model.flash_attention import column_ranges, find_documents
 from tinyllama_jax.model.tiles import TILES, Call, Tile, Tiles

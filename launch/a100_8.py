@@ -5,7 +5,7 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cuda")
 
-from tinyllama_jax.cli import launch  # noqa: E402 (the platform is chosen before jax is imported)
+from tinyllama_jax.cli import launch
 
 if __name__ == "__main__":
     sys.exit(launch(devices=8))

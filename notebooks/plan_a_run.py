@@ -29,16 +29,10 @@ import itertools
 import matplotlib.pyplot as plt
 from rich.console import Console
 
-from tinyllama_jax.config import (
-    TINYLLAMA_1B,
-    Config,
-    DataConfig,
-    ExecutionConfig,
-    SourceConfig,
-)
-from tinyllama_jax.runtime.targets import CARDS
-from tinyllama_jax.training.plan import plan
-from tinyllama_jax.training.plan_table import render
+from tinyllama_jax.config import TINYLLAMA_1B, Config, DataConfig, ExecutionConfig, SourceConfig
+from tinyllama_jax.performance.targets import CARDS
+from tinyllama_jax.planning.plan import plan
+from tinyllama_jax.planning.plan_table import render
 
 # %matplotlib inline
 

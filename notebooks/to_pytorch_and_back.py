@@ -31,14 +31,14 @@ import rich
 import torch
 
 from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
+from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
-from tinyllama_jax.data.documents import standard_library
-from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from tinyllama_jax.inference import huggingface
 from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.model import llama
+from tinyllama_jax.preparation.documents import standard_library
+from tinyllama_jax.preparation.library import write_dataset
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training.step import init_state, make_step
 

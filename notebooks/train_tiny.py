@@ -31,11 +31,11 @@ from IPython.display import display
 from tinyllama_jax.config import Config, DataConfig, LlamaConfig, OptimizerConfig
 from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
-from tinyllama_jax.data.documents import standard_library
-from tinyllama_jax.data.prepare import write_dataset
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer, train_tokenizer
-from tinyllama_jax.inference.evaluate import evaluate, make_score, unigram_entropy
+from tinyllama_jax.evaluation.held_out import evaluate, make_score, unigram_entropy
 from tinyllama_jax.inference.generate import Sampler, generate
+from tinyllama_jax.preparation.documents import standard_library
+from tinyllama_jax.preparation.library import write_dataset
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.step import compute_dtype, init_state, make_step
 

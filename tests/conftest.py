@@ -27,64 +27,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corpora import CASES, GOLDEN, GROUP_BYTES, write_slimpajama, write_starcoder, write_token_files
+from support.corpora import (
+    CASES,
+    GROUP_BYTES,
+    golden_documents,
+    write_slimpajama,
+    write_starcoder,
+    write_token_files,
+)
+from support.models import ODD, SMALL, VOCAB
+from support.paths import GOLDEN
 from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    LlamaConfig,
     OptimizerConfig,
     SampleConfig,
     SourceConfig,
     ValidationConfig,
 )
-from tinyllama_jax.data.corpus import prepare_corpus
-from tinyllama_jax.data.documents import Document
-from tinyllama_jax.data.prepare import write_dataset
+from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.data.tokenizer import train_tokenizer
-from tinyllama_jax.inference import huggingface
 from tinyllama_jax.model import llama
+from tinyllama_jax.preparation.corpus import prepare_corpus
+from tinyllama_jax.preparation.library import write_dataset
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training import loop
 from tinyllama_jax.training.step import init_state
-
-VOCAB = 400
-
-SMALL = LlamaConfig(
-    vocab_size=VOCAB,
-    layers=2,
-    width=48,
-    query_heads=6,
-    kv_heads=2,
-    head_width=8,
-    swiglu_width=80,
-    context=64,
-)
-
-
-# No two sizes alike, so that no transposed tensor fits.
-ODD = LlamaConfig(
-    vocab_size=600,
-    layers=3,
-    width=24,
-    query_heads=4,
-    kv_heads=2,
-    head_width=10,
-    swiglu_width=34,
-    context=32,
-    rope_base=7e3,
-    norm_eps=1e-4,
-)
-
-
-def golden_documents(source: str, split: str) -> list[Document]:
-    """Lines of the committed text, shuffled into documents; both sources read other orders."""
-    lines = (GOLDEN / "text.txt").read_text().splitlines()
-    rng = np.random.default_rng([len(source), len(split)])
-    count = 60 if split == "train" else 24
-    texts = ["\n".join(rng.permutation(lines)) for _ in range(count)]
-    return [Document(f"{source}-{split}-{index}", text) for index, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +131,7 @@ def mesh():
 
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory):
-    from test_tokenizer_json import train
+    from support.tokenizers import train
 
     return train(tmp_path_factory.mktemp("tokenizer") / "small.model")
 

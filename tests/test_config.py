@@ -5,10 +5,10 @@ import json
 import math
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
+from support.paths import ROOT
 from tinyllama_jax import config as configs
 from tinyllama_jax.config import (
     BatchStageConfig,
@@ -18,13 +18,13 @@ from tinyllama_jax.config import (
     OptimizerConfig,
     SourceConfig,
     StageConfig,
-    UserError,
     differences,
     to_json,
 )
 from tinyllama_jax.config_file import load_config, model_of_run, with_defaults
+from tinyllama_jax.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 PRESETS = {
     "TINYLLAMA_1B": 1_100_048_384,

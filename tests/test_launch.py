@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from test_loop import config_file
-from tinyllama_jax.config import Launch, UserError
+from support.paths import ROOT
+from support.runs import config_file
+from tinyllama_jax.config import Launch
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.runtime import processes
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_what_must_be_equal_is_compared_and_the_process_named(monkeypatch):

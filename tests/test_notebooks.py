@@ -3,14 +3,15 @@ in Python."""
 
 import re
 import shutil
-from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+from support.paths import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def outputs(notebook, kind: str) -> list:

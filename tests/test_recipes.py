@@ -1,14 +1,13 @@
 """The configs of the original's runs, held against what it published."""
 
-from pathlib import Path
-
 import pytest
 
+from support.paths import ROOT
 from tinyllama_jax.config import LlamaConfig
 from tinyllama_jax.config_file import load_config
 from tinyllama_jax.data.mixture import make_mixture
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def load(name):

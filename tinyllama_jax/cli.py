@@ -13,12 +13,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from tinyllama_jax.config import Config, Launch, UserError, require
+from tinyllama_jax.config import Config, Launch
 from tinyllama_jax.config_file import load_config
+from tinyllama_jax.errors import ExitCode, UserError, require
 from tinyllama_jax.runtime.allocator import keep_memory, take_card
-
-# 124, the watchdog's, stands in runtime/watch.py. The README says what each means.
-DONE, CHECK_FAILED, USER_ERROR, NOT_FIT, SAVED_AFTER_SIGNAL = 0, 1, 2, 3, 75
 
 Corpus = Literal["slimpajama", "starcoder", "fineweb-edu", "tinystories", "files", "tokens"]
 
@@ -37,7 +35,7 @@ def train(argv: Sequence[str], devices: int | None = None) -> int:
     """Train CONFIG on the devices at hand, or go on with the run in its folder."""
     config = _config_first("train", argv)
     if config is None:
-        return DONE
+        return ExitCode.DONE
     options = tyro.cli(
         TrainOptions,
         default=TrainOptions(config),
@@ -54,10 +52,10 @@ def train(argv: Sequence[str], devices: int | None = None) -> int:
         mesh = make_mesh(options.launch.data_axis)
         _say_if_gpu_idle()
         try:
-            return DONE if run(options.config, mesh, options.profile) else SAVED_AFTER_SIGNAL
+            return ExitCode.DONE if run(options.config, mesh, options.profile) else ExitCode.SAVED
         except Diverged as error:
             print(f"tinyllama: {error}", file=sys.stderr)
-            return CHECK_FAILED
+            return ExitCode.FAILED
 
 
 def launch(devices: int | None = None) -> int:
@@ -98,7 +96,7 @@ def plan(argv: Sequence[str]) -> int:
     """Say what CONFIG takes on GPUs that need not be here: memory, time, money."""
     config = _config_first("plan", argv)
     if config is None:
-        return DONE
+        return ExitCode.DONE
     options = tyro.cli(
         PlanOptions,
         default=PlanOptions(mesh=tyro.MISSING, config=config),
@@ -115,8 +113,8 @@ def plan(argv: Sequence[str]) -> int:
         jax.devices()
     from rich.console import Console
 
-    from tinyllama_jax.training.plan import plan as make_plan
-    from tinyllama_jax.training.plan_table import render
+    from tinyllama_jax.planning.plan import plan as make_plan
+    from tinyllama_jax.planning.plan_table import render
 
     with Console(stderr=True, quiet=options.json).status("reading the config") as status:
         found = make_plan(
@@ -132,7 +130,7 @@ def plan(argv: Sequence[str]) -> int:
         print(json.dumps(found.to_json(), indent=2))
     else:
         Console().print(render(found))
-    return DONE if found.fits else NOT_FIT
+    return ExitCode.DONE if found.fits else ExitCode.DOES_NOT_FIT
 
 
 @contextlib.contextmanager
@@ -159,8 +157,8 @@ def tokenizer(
       vocab_size: Number of pieces.
       out: Where the model goes.
     """
-    from tinyllama_jax.data.documents import standard_library
     from tinyllama_jax.data.tokenizer import train_tokenizer
+    from tinyllama_jax.preparation.documents import standard_library
 
     texts = []
     for file in files:
@@ -174,7 +172,7 @@ def tokenizer(
             raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from None
     train_tokenizer(texts, vocab_size, out)
     print(f"{out}: {vocab_size:,} pieces")
-    return DONE
+    return ExitCode.DONE
 
 
 def prepare(
@@ -221,9 +219,10 @@ def prepare(
       beam_options: NAME=VALUE of Beam's pipeline options, such as direct_num_workers=8
         direct_running_mode=multi_processing.
     """
-    from tinyllama_jax.data.corpus import open_corpus, parse_worker, prepare_corpus, summary
-    from tinyllama_jax.data.prepare import prepare_standard_library, read_manifest
-    from tinyllama_jax.data.workers import sigterm_as_interrupt
+    from tinyllama_jax.data.format import read_manifest
+    from tinyllama_jax.preparation.corpus import open_corpus, parse_worker, prepare_corpus, summary
+    from tinyllama_jax.preparation.library import prepare_standard_library
+    from tinyllama_jax.preparation.workers import sigterm_as_interrupt
 
     if dataset == "stdlib":
         require(
@@ -233,7 +232,7 @@ def prepare(
         )
         for name, folder in prepare_standard_library(tokenizer, out).items():
             print(f"{folder}: {name}, {summary(read_manifest(folder))}")
-        return DONE
+        return ExitCode.DONE
     require(source is not None, f"Give the folder that holds {dataset} as --source.")
     assert source
     try:
@@ -253,9 +252,9 @@ def prepare(
             )
     except KeyboardInterrupt:
         print("Stopped; the same command goes on.", file=sys.stderr)
-        return SAVED_AFTER_SIGNAL
+        return ExitCode.SAVED
     print(f"{out}: {summary(manifest) if manifest else 'groups of other workers are missing'}")
-    return DONE
+    return ExitCode.DONE
 
 
 def verify(path: Positional[Path], /) -> int:
@@ -264,8 +263,8 @@ def verify(path: Positional[Path], /) -> int:
     Args:
       path: A folder that `prepare`, `train` or `convert` made; or any Hugging Face Llama.
     """
-    from tinyllama_jax.data.verify import verify_dataset
-    from tinyllama_jax.inference import huggingface
+    from tinyllama_jax.conversion import huggingface
+    from tinyllama_jax.preparation.verify import verify_dataset
     from tinyllama_jax.runtime.checkpoint import is_run, verify_run
 
     if huggingface.is_hf_folder(path):
@@ -276,7 +275,7 @@ def verify(path: Positional[Path], /) -> int:
         print(f"{path}: {line}")
     if not bad:
         print(f"{path}: whole")
-    return CHECK_FAILED if bad else DONE
+    return ExitCode.FAILED if bad else ExitCode.DONE
 
 
 def convert(
@@ -306,32 +305,30 @@ def convert(
       tokenizer: The tokenizer.model of a .pth, or of a Hugging Face folder that has none.
       check: Load it back with transformers and compare logits.
     """
-    from tinyllama_jax.inference import conversion
+    from tinyllama_jax.conversion import convert
     from tinyllama_jax.training.metrics import FILE, read_metrics
 
     require(
         to == "hf" or not (check or dtype or max_shard_size),
         "--check, --dtype and --max-shard-size are for --to hf: leave them out.",
     )
-    max_shard_bytes = conversion.parse_bytes(max_shard_size or "5GB")
+    max_shard_bytes = convert.parse_bytes(max_shard_size or "5GB")
     metrics = read_metrics(path) if (path / FILE).is_file() else {}
     if step == "all":
         require(not (config or tokenizer), f"{path}: --step all is for runs, which tell the rest.")
-        models = conversion.all_steps(path, out, to, metrics)
+        models = convert.all_steps(path, out, to, metrics)
     else:
-        models = [(conversion.open_model(path, step, config, tokenizer, metrics), out)]
+        models = [(convert.open_model(path, step, config, tokenizer, metrics), out)]
     passed = True
     for model, where in models:
-        difference = conversion.convert(
-            model, where, to, dtype or "float32", max_shard_bytes, check
-        )
+        difference = convert.convert(model, where, to, dtype or "float32", max_shard_bytes, check)
         print(f"{where}: {model.config.parameters():,} parameters")
         if difference is not None:
-            passed &= difference <= conversion.TOLERANCE
-            how = "within" if difference <= conversion.TOLERANCE else "ABOVE"
-            limit = f"({how} {conversion.TOLERANCE:.0e})"
+            passed &= difference <= convert.TOLERANCE
+            how = "within" if difference <= convert.TOLERANCE else "ABOVE"
+            limit = f"({how} {convert.TOLERANCE:.0e})"
             print(f"largest logit difference to transformers: {difference:.2e} {limit}")
-    return DONE if passed else CHECK_FAILED
+    return ExitCode.DONE if passed else ExitCode.FAILED
 
 
 def generate(
@@ -364,15 +361,15 @@ def generate(
     """
     import jax
 
+    from tinyllama_jax.conversion import convert
     from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
-    from tinyllama_jax.inference import conversion
     from tinyllama_jax.inference import generate as inference
     from tinyllama_jax.inference.text import as_they_come, make_stop
     from tinyllama_jax.runtime.mesh import make_mesh
 
     require(bool(prompt) != bool(prompt_ids), "Give either --prompt TEXT or --prompt-ids 1 5 9.")
     require(all(stop), "--stop is empty: give a string, or leave it out.")
-    model = conversion.open_model(path)
+    model = convert.open_model(path)
     # Ids alone need none.
     tokenizer = load_tokenizer(path / "tokenizer.model") if prompt or stop or not ids else None
     prompts = [tokenizer.encode(text) for text in prompt] if tokenizer else []
@@ -399,7 +396,7 @@ def generate(
             chunks = inference.stream(model.config, weights, prompts, **options)
             for part in as_they_come(tokenizer, prompts, chunks, stop):
                 print(part, end="", flush=True)
-    return DONE
+    return ExitCode.DONE
 
 
 def evaluate(
@@ -423,12 +420,13 @@ def evaluate(
     import jax
     from rich.console import Console
 
+    from tinyllama_jax.conversion import convert
     from tinyllama_jax.data.tokenizer import load_tokenizer
-    from tinyllama_jax.inference import conversion, harness, scores
+    from tinyllama_jax.evaluation import harness, scores
     from tinyllama_jax.runtime.mesh import auto_dtype, make_mesh, on_every_device
 
     require(limit is None or limit > 0, "--limit must be above 0.")
-    model = conversion.open_model(path, step)
+    model = convert.open_model(path, step)
     tokenizer = load_tokenizer(path / "tokenizer.model")
     mesh = make_mesh()
     dtype = auto_dtype(mesh)
@@ -441,7 +439,7 @@ def evaluate(
         scores.write_results(path, model.facts.step, found, limit)
         name = f"step {model.facts.step}"
     Console().print(scores.render(name, found, tasks, limit))
-    return DONE
+    return ExitCode.DONE
 
 
 def _say_if_gpu_idle() -> None:
@@ -479,7 +477,7 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
         for name, verb in VERBS.items():
             print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
         print("\ntinyllama VERB --help tells a verb's options.")
-        return DONE if argv else USER_ERROR
+        return ExitCode.DONE if argv else ExitCode.USER_ERROR
     # What is meant: a folder opened for reading, a dataset without homepage, a metric's defaults.
     for library in ("absl", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -493,7 +491,7 @@ def main(argv: Sequence[str] | None = None, devices: int | None = None) -> int:
         return tyro.cli(VERBS[argv[0]], args=argv[1:], prog=f"tinyllama {argv[0]}")
     except UserError as error:
         print(f"tinyllama: {error}", file=sys.stderr)
-        return USER_ERROR
+        return ExitCode.USER_ERROR
 
 
 if __name__ == "__main__":

@@ -7,52 +7,9 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import socket
-from pathlib import Path
 from typing import Any, Literal
 
-
-class UserError(Exception):
-    """Something the user can mend: one sentence with the cause and the cure, exit code 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, for a sentence of ours; its class where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder and its parents. Raises `UserError` where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The folder {path} cannot be made ({error.strerror}): give another path."
-        ) from None
-
-
-def aside_name(path: Path) -> Path:
-    """Where this process writes a file before it is renamed to `path`; no other machine's does."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under its name in one rename. Raises `OSError`, and leaves nothing."""
-    aside = aside_name(path)
-    try:
-        aside.write_text(text)
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
+from tinyllama_jax.errors import require
 
 AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]
 

@@ -7,7 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tinyllama_jax.config import Config, LlamaConfig, UserError, require
+from tinyllama_jax.config import Config, LlamaConfig
+from tinyllama_jax.errors import UserError, require
 
 
 def load_config(path: str) -> Config:

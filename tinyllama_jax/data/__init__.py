@@ -1,1 +1,1 @@
-"""From documents to the batch of a step."""
+"""From datasets to the batch of a step."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.data.packing import is_padding
+from tinyllama_jax.data.format import is_padding
 from tinyllama_jax.data.tokenizer import BOS, EOS
 
 

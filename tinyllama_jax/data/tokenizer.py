@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from tinyllama_jax.config import UserError, make_folder, require
+from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import make_folder
 
 UNK, BOS, EOS = 0, 1, 2  # Llama 2's ids, in every tokenizer of the project
 SPACE = "\u2581"

@@ -1,1 +1,1 @@
-"""What a trained model is for: samples, scores, and the way to PyTorch."""
+"""New text from a trained model."""

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import LlamaConfig, require
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.errors import require
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import BATCH_AXES
 

@@ -1,1 +1,1 @@
-"""Devices and disks."""
+"""Devices, processes and disks."""

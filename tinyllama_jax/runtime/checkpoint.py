@@ -29,15 +29,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tinyllama_jax.config import (
-    CheckpointConfig,
-    UserError,
-    first_line,
-    make_folder,
-    require,
-    write_aside,
-)
+from tinyllama_jax.config import CheckpointConfig
 from tinyllama_jax.config_file import model_of_run
+from tinyllama_jax.errors import UserError, first_line, require
+from tinyllama_jax.files import make_folder, write_aside
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.mesh import WEIGHT_AXES, named_leaves, weight_name
 

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import Config, require
+from tinyllama_jax.config import Config
+from tinyllama_jax.errors import require
 
 # Weight -> the name of each of its axes. A weight without a row is a KeyError.
 WEIGHT_AXES = {

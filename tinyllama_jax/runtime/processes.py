@@ -28,14 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import (
-    Launch,
-    UserError,
-    differences,
-    require,
-)
-
-CRASHED, USER_ERROR, INTERRUPTED = 1, 2, 130
+from tinyllama_jax.config import Launch, differences
+from tinyllama_jax.errors import ExitCode, UserError, require
 
 MEETING = 300  # seconds for all processes to start
 LINGER = 5.0  # seconds that process 0 leaves after the others, when there was an error
@@ -159,7 +153,7 @@ def _give_up(process: int, processes: int, coordinator: str) -> None:
             f"{coordinator}: start each with its own --process-id, where this address is reached."
         )
     )
-    os._exit(USER_ERROR)
+    os._exit(ExitCode.USER_ERROR)
 
 
 def _check_devices(wanted: int | None) -> None:
@@ -317,10 +311,10 @@ class Stop:
 def exit_code(error: BaseException) -> int:
     """What a process that an error ends leaves with."""
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else CRASHED
+        return error.code if isinstance(error.code, int) else ExitCode.FAILED
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return USER_ERROR if isinstance(error, UserError) else CRASHED
+        return ExitCode.INTERRUPTED
+    return ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
 
 
 def tell(error: BaseException) -> None:

@@ -18,10 +18,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from tinyllama_jax.config import UserError, make_folder, require
+from tinyllama_jax.errors import ExitCode, UserError, require
+from tinyllama_jax.files import make_folder
 from tinyllama_jax.runtime.processes import every, exit_code, tell, together
-
-WATCHDOG = 124
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process is taken for dead or stopped
@@ -225,7 +224,7 @@ class Watch:
                     return left["code"], left["reason"]
             elif left is None and seen.silent > SILENCE:
                 host = seen.state.get("host", "an unknown host")
-                return WATCHDOG, (
+                return ExitCode.WATCHDOG, (
                     f"process {process} on {host} has not been heard of for {SILENCE:.0f} s; the "
                     "same command in all processes goes on from the last checkpoint."
                 )
@@ -243,7 +242,7 @@ class Watch:
         who = f"process {slowest} on {seen.state.get('host')} has not"
         if not behind and len(working) > 1:
             who = "no process has"
-        return WATCHDOG, (
+        return ExitCode.WATCHDOG, (
             f"{who} gone on for {patience:.0f} s (step {step}, {phase}); the same command goes on "
             "from the last checkpoint."
         )

@@ -1,1 +1,1 @@
-"""The loop, the step and what they measure."""
+"""What changes weights."""

@@ -17,29 +17,26 @@ from jax.sharding import Mesh
 from rich.table import Table
 from sentencepiece import SentencePieceProcessor
 
-from tinyllama_jax.config import (
-    Config,
-    differences,
-    require,
-    to_json,
-    write_aside,
-)
+from tinyllama_jax.config import Config, differences, to_json
 from tinyllama_jax.config_file import with_defaults
 from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, ByteCounter, load_tokenizer
-from tinyllama_jax.inference import evaluate
+from tinyllama_jax.errors import require
+from tinyllama_jax.evaluation import held_out
+from tinyllama_jax.evaluation.scores import TaskScores
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.inference.generate import Sampler, generate
-from tinyllama_jax.inference.scores import TaskScores
 from tinyllama_jax.model.llama import Weights
+from tinyllama_jax.performance import trace
+from tinyllama_jax.performance.breakdown_table import render
+from tinyllama_jax.performance.flops import mfu
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, locked
 from tinyllama_jax.runtime.compiler import keep_programs
 from tinyllama_jax.runtime.mesh import check_fits, make_mesh, put_batch
 from tinyllama_jax.runtime.watch import watched
-from tinyllama_jax.training import trace, warm_start
-from tinyllama_jax.training.breakdown_table import render
-from tinyllama_jax.training.flops import mfu
+from tinyllama_jax.training import warm_start
 from tinyllama_jax.training.metrics import Metrics, Terminal, read_metrics
 from tinyllama_jax.training.step import (
     MAX_SKIPPED_IN_A_ROW,
@@ -112,7 +109,7 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
 
         train_step = make_step(config, mesh)
         dtype = compute_dtype(config, mesh)
-        score = evaluate.make_score(
+        score = held_out.make_score(
             config.model, mesh, dtype, config.execution, mask_documents=config.data.mask_documents
         )
         count_bytes = ByteCounter(tokenizer)
@@ -140,11 +137,9 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
             watch.at("validation", step)
             for name, source in zip(names, held_out_rows, strict=True):
                 count = len(source) if rows is None else min(rows, len(source))
-                held_out = [source[i] for i in range(count)]
-                found = evaluate.evaluate(
-                    score, state["weights"], held_out, config.micro_rows, mesh
-                )
-                bits = found.bits_per_byte(count_bytes(np.stack(held_out)))
+                rows = [source[i] for i in range(count)]
+                found = held_out.evaluate(score, state["weights"], rows, config.micro_rows, mesh)
+                bits = found.bits_per_byte(count_bytes(np.stack(rows)))
                 metrics.write(step, {f"val/{name}/loss": found.loss, f"val/{name}/bpb": bits})
                 terminal.say(
                     f"step {step}  val/{name}: loss {found.loss:.4f}  {bits:.3f} bits/byte"
@@ -291,7 +286,7 @@ def _tasks(config: Config, mesh: Mesh, tokenizer: SentencePieceProcessor) -> Sco
     asked = config.evaluation
     if not asked.every:
         return None
-    from tinyllama_jax.inference import harness  # here, because lm-eval is an extra
+    from tinyllama_jax.evaluation import harness
 
     return harness.Tasks(
         asked.tasks,
@@ -463,8 +458,8 @@ def _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder
     """Prints the last validation beside what simple models reach on the same held-out tokens."""
     last = read_metrics(folder)[config.steps]
     table = Table("held out", "tokens", "loss", "unigram", "bigram", "bits/byte", "gzip -9")
-    for source, train, held_out in zip(config.data.sources, train_rows, held_out_rows, strict=True):
-        rows_BS = np.stack([held_out[i] for i in range(len(held_out))])
+    for source, train, unseen in zip(config.data.sources, train_rows, held_out_rows, strict=True):
+        rows_BS = np.stack([unseen[i] for i in range(len(unseen))])
         # Spread over all training rows: the first ones would be those of the first modules.
         some = np.linspace(0, len(train) - 1, min(len(train), BASELINE_ROWS)).astype(int)
         train_BS = np.stack([train[i] for i in some])
@@ -476,9 +471,9 @@ def _compare_with_baselines(config, train_rows, held_out_rows, tokenizer, folder
             source.name,
             f"{len(targets):,}",
             f"{last[f'val/{source.name}/loss']:.3f}",
-            f"{evaluate.unigram_entropy(targets, vocab_size):.3f}",
-            f"{evaluate.bigram_loss(train_BS, rows_BS, vocab_size):.3f}",
+            f"{held_out.unigram_entropy(targets, vocab_size):.3f}",
+            f"{held_out.bigram_loss(train_BS, rows_BS, vocab_size):.3f}",
             f"{last[f'val/{source.name}/bpb']:.3f}",
-            f"{evaluate.gzip_bits_per_byte(text):.3f}",
+            f"{held_out.gzip_bits_per_byte(text):.3f}",
         )
     terminal.console.print(table)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinyllama_jax.config import write_aside
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.runtime import processes
 
 FILE = "metrics.jsonl"

@@ -9,14 +9,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import Config, require
+from tinyllama_jax.config import Config
+from tinyllama_jax.errors import require
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.attention import device_chip, why_not
+from tinyllama_jax.performance.program import OPTIMIZER_SCOPE
 from tinyllama_jax.runtime.compiler import compiler_options
 from tinyllama_jax.runtime.mesh import auto_dtype, batch_sharding, shardings
 from tinyllama_jax.training.gradients import make_gradients
 from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
-from tinyllama_jax.training.program import OPTIMIZER_SCOPE
 
 State = dict[str, Any]
 """`weights` and `optimizer` (fp32), and three counters: `step`, `skipped` (steps whose loss or

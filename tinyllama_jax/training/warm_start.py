@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyllama_jax.config import Config, LlamaConfig, require
+from tinyllama_jax.config import Config, LlamaConfig
 from tinyllama_jax.config_file import model_of_run
+from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.data.tokenizer import file_sha256
-from tinyllama_jax.inference import huggingface
+from tinyllama_jax.errors import require
 from tinyllama_jax.runtime import processes
 from tinyllama_jax.runtime.checkpoint import Checkpoints, open_checkpoint
 from tinyllama_jax.training.step import State, abstract_state, state_from_weights

@@ -1,0 +1,442 @@
+"""To and from Hugging Face: a folder that transformers opens, written and read without torch."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.conversion import model_card, safetensors_files
+from tinyllama_jax.conversion.safetensors_files import Stored
+from tinyllama_jax.conversion.tensors import leaves, stream, tensors, unread_tensors
+from tinyllama_jax.conversion.tokenizer_json import special_tokens, tokenizer_json
+from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
+from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import make_folder
+from tinyllama_jax.model import llama
+from tinyllama_jax.model.llama import Weights
+from tinyllama_jax.runtime.mesh import named_leaves
+
+# Keys of config.json -> fields of LlamaConfig.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "layers",
+    "hidden_size": "width",
+    "num_attention_heads": "query_heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "intermediate_size": "swiglu_width",
+    "max_position_embeddings": "context",
+    "rms_norm_eps": "norm_eps",
+}
+
+# Keys of config.json that have one value in every Llama 2.
+FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+# Keys that other models have, and that change what is computed.
+ABSENT = ("sliding_window", "quantization_config", "attn_logit_softcapping", "num_local_experts")
+
+TOKENIZER = "tokenizer.model"
+CARD = "README.md"
+HASHES = "sha256.json"
+# What an export holds beside its safetensors.
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    TOKENIZER,
+    CARD,
+    HASHES,
+}
+
+LARGEST = 2**20  # of any size in config.json; no Llama comes near it
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def export(
+    weights: Weights,
+    config: LlamaConfig,
+    tokenizer: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    facts: model_card.RunFacts | None = None,
+) -> None:
+    """Writes a folder that transformers opens: weights, config, tokenizer, model card and hashes.
+
+    The folder appears whole or not at all. An earlier export in its place is replaced.
+
+    Args:
+      weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`: of those only
+        one layer of a weight is in memory at a time.
+      config: the model they belong to.
+      tokenizer: the sentencepiece model it was trained with.
+      folder: where to write.
+      dtype: of the tensors written: float32, bfloat16 or float16.
+      max_shard_bytes: of a file of weights; a model above it goes into several, with an index.
+      facts: of the run, for the model card.
+
+    Raises:
+      UserError: weights that are not finite or do not fit the config or the dtype, another number
+        of pieces than `config.vocab_size`, a model or tokenizer that transformers cannot express,
+        a full disk, or a folder that holds anything but an earlier export, which stays untouched.
+    """
+    tokenizer, folder = Path(tokenizer), Path(folder).resolve()
+    require_replaceable(folder)
+    require(
+        config.width % config.query_heads == 0,
+        f"transformers refuses model.width ({config.width}) that model.query_heads "
+        f"({config.query_heads}) does not divide: such a model can only be used here.",
+    )
+    table = tokenizer_json(tokenizer)
+    require_pieces(tokenizer, len(table["model"]["vocab"]), config)
+    require_shapes(weights, config)
+    ids = special_tokens(tokenizer)
+    written = {token["id"]: token for token in table["added_tokens"]}
+    special = {name: written[index]["content"] for name, index in ids.items()}
+    ends = {"bos_token_id": ids["bos_token"], "eos_token_id": ids["eos_token"]}
+    scaling = None
+    if config.rope_factor != 1:
+        scaling = {"rope_type": "linear", "factor": config.rope_factor}
+    jsons = {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            **FIXED,
+            "tie_word_embeddings": False,
+            **{key: getattr(config, field) for key, field in FIELDS.items()},
+            # transformers 5 reads the first of these and `dtype`, transformers 4 the others.
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}
+            | (scaling or {}),
+            "rope_theta": config.rope_base,
+            "rope_scaling": scaling,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "initializer_range": llama.init_std(config),
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            **ends,
+        },
+        "generation_config.json": ends,
+        "tokenizer.json": table,
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            # Not LlamaTokenizer: it builds merges and normalizer anew and not from tokenizer.json.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            # Text that spells `</s>` is text, as it was when the training data was encoded.
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.context,
+        },
+    }
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        shapes = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
+        parts = stream(weights, config, dtype)
+        safetensors_files.write(partial, shapes, dtype, max_shard_bytes, parts)
+        shutil.copyfile(tokenizer, partial / TOKENIZER)
+        for name, values in jsons.items():
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
+        hashes = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
+        (partial / HASHES).write_text(json.dumps(hashes, indent=1))
+        # Not hashed: its readers may have more to say.
+        card = model_card.render(folder.name, config, dtype, facts)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        replace(partial, folder)
+    except OSError as error:
+        raise unwritten(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def unwritten(path: Path, error: OSError) -> UserError:
+    """The sentence for an export that the disk did not take."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}): make room, or give another path."
+    )
+
+
+def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:
+    """Raises `UserError` if the tokenizer has another number of pieces than the model."""
+    require(
+        pieces == config.vocab_size,
+        f"{tokenizer} has {pieces} pieces and the model {config.vocab_size}: "
+        "give the tokenizer that the model was trained with.",
+    )
+
+
+def require_shapes(weights: Weights, config: LlamaConfig) -> None:
+    """Raises `UserError` unless the weights, read or not, are those of the config."""
+    found = {path: np.shape(leaf) for path, leaf in named_leaves(weights).items()}
+    wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
+    for path in sorted(found.keys() | wanted.keys()):
+        require(
+            found.get(path) == wanted.get(path),
+            f"Weight {path} has shape {found.get(path)} and the config asks for "
+            f"{wanted.get(path)}: give the config of the run that the weights come from.",
+        )
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises `UserError` if something stands at `folder` that is not an earlier export."""
+    if not folder.exists():
+        return
+    cure = "choose another folder, or move it away."
+    require(folder.is_dir(), f"{folder} is a file: {cure}")
+    found = {path.name for path in folder.iterdir()}
+    # A folder from elsewhere has no hashes.
+    require({"config.json", HASHES} <= found, f"{folder} is no export: {cure}")
+    foreign = sorted(name for name in found - FILES if not safetensors_files.is_file_name(name))
+    require(not foreign, f"{folder} holds {', '.join(foreign)}, which no export wrote: {cure}")
+    architectures = read_json(folder / "config.json").get("architectures")
+    require(architectures == ["LlamaForCausalLM"], f"{folder} holds another model: {cure}")
+
+
+def replace(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; what stood there is deleted once the new one is in place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download or export it again.") from error
+
+
+def config_from_hf(path: Path) -> LlamaConfig:
+    """Reads config.json as transformers 4 and 5 write it.
+
+    Raises:
+      UserError: it is damaged, or of a model that is not a Llama 2, named by what is unsupported.
+    """
+    values = read_json(path)
+    for key in ABSENT:
+        require(
+            values.get(key) is None,
+            f"{path} has {key} {values.get(key)!r}, which this model has not: choose a Llama 2.",
+        )
+    # What transformers itself assumes where a key is left out.
+    found = {**FIXED, "model_type": None, "partial_rotary_factor": 1.0, **values}
+    for key, value in {**FIXED, "partial_rotary_factor": 1.0}.items():
+        require(
+            found[key] == value,
+            f"{path} has {key} {found[key]!r} and this model {value!r}: choose a Llama 2 without "
+            "biases.",
+        )
+    try:
+        rope = _rope(path, values)
+        heads = values["num_attention_heads"]
+        values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+        fields = {field: values[key] for key, field in FIELDS.items()}
+        rope["norm_eps"] = fields.pop("norm_eps")
+        # A bool is an int to Python.
+        if not all(type(size) is int and size <= LARGEST for size in fields.values()):
+            raise ValueError(f"sizes {fields}")
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in rope.values()):
+            raise ValueError(f"{rope}")
+        numbers: dict[str, Any] = {**fields, **{name: float(x) for name, x in rope.items()}}
+        return LlamaConfig(**numbers)
+    except KeyError as error:
+        raise UserError(
+            f"{path} has no {error}: save the model again with transformers."
+        ) from error
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(
+            f"{path} holds a value that cannot be ({error}): download or export it again."
+        ) from error
+
+
+def _rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's fields of `LlamaConfig`, from wherever config.json has them; more than once, if so."""
+    found: dict[str, Any] = {}
+    parts = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
+    parts += [{"rope_theta": values["rope_theta"]}] if "rope_theta" in values else []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise TypeError(f"RoPE {part!r}")
+        for key, value in part.items():
+            key = "rope_type" if key == "type" else key
+            require(
+                key != "rope_type" or value in ("linear", "default"),
+                f"{path} has rope_type {value!r}, and this model only 'default' and 'linear': "
+                "choose a Llama without it.",
+            )
+            require(
+                found.setdefault(key, value) == value,
+                f"{path} has {key} {found[key]!r} and {value!r}: leave one of them.",
+            )
+    factor = found["factor"] if found.get("rope_type") == "linear" else 1.0
+    # The base where none is given is what transformers assumes.
+    return {"rope_base": found.get("rope_theta", 10_000.0), "rope_factor": factor}
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a model as transformers saves it, in one file or in several."""
+    return safetensors_files.is_weights_folder(Path(folder))
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of a folder's file of weights; of several, the hash of their hashes."""
+    found = [file_sha256(file) for file in safetensors_files.weights_files(folder)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
+    """A Llama 2 that transformers or `export` saved, its weights not read yet.
+
+    Args:
+      folder: holds config.json and safetensors in fp32, bf16 or fp16, in one file or in several,
+        with or without a head of its own; and in an export `sha256.json`, which is compared.
+
+    Returns:
+      The config, and the weights as `Unread` that give fp32. A head that is tied to the embedding
+      is one of its own here.
+
+    Raises:
+      UserError: a file that is not what was exported, another architecture, damaged files, and
+        tensors that are missing, too many or of another shape. Reading a weight raises it for
+        values that are not finite.
+    """
+    folder = Path(folder)
+    _compare_hashes(folder)
+    file = folder / "config.json"
+    config, stored = config_from_hf(file), Stored(folder)
+    tied = read_json(file).get("tie_word_embeddings", False)
+    require(type(tied) is bool, f"{file} has tie_word_embeddings {tied!r}: make it true or false.")
+    numbers = {name.split(".")[2] for name in stored.where if name.startswith("model.layers.")}
+    require(
+        config.layers == len(numbers),
+        f"{file} has {config.layers} layers and the weights {len(numbers)}: download both again.",
+    )
+    # Older versions of transformers saved RoPE's frequencies, which config.json gives as well.
+    found = {name for name in stored.where if not name.endswith(".rotary_emb.inv_freq")}
+    wanted = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
+    for name in sorted((found ^ wanted.keys()) - ({HEAD} if tied else set())):
+        state = "is missing from" if name in wanted else "is unknown in"
+        raise UserError(f"Tensor {name} {state} {folder}: choose a Llama 2, or download it again.")
+    for name in sorted(found):
+        require(
+            stored.shapes[name] == wanted[name],
+            f"Tensor {name} of {stored.where[name]} is {stored.shapes[name]} and {file} asks for "
+            f"{wanted[name]}: download both again.",
+        )
+    if tied and HEAD in found:
+        require(
+            bool(np.array_equal(stored[EMBEDDING], stored[HEAD])),
+            f"{file} says that {HEAD} is tied to the embedding, and the weights hold another: set "
+            "tie_word_embeddings to what is true.",
+        )
+
+    def read(name: str) -> np.ndarray:
+        return stored[EMBEDDING if tied and name == HEAD else name]
+
+    return config, unread_tensors(config, read)
+
+
+def _compare_hashes(folder: Path) -> None:
+    """Raises `UserError` if a file of an export is not what was written; others have no hashes."""
+    if not (folder / HASHES).is_file():
+        return
+    wanted = read_json(folder / HASHES)
+    needed = {"config.json", *(file.name for file in safetensors_files.weights_files(folder))}
+    require(needed <= wanted.keys(), f"{folder / HASHES} is damaged: export the folder again.")
+    for name, digest in wanted.items():
+        file = folder / Path(name).name
+        require(
+            file.is_file() and file_sha256(file) == digest,
+            f"{file} is not what was exported: export it again, or remove {HASHES} if the change "
+            "is meant.",
+        )
+
+
+def load(folder: Path) -> tuple[LlamaConfig, Weights]:
+    """What `open_folder` opens, read: the weights as fp32 NumPy arrays. Raises what it raises."""
+    config, weights = open_folder(folder)
+    return config, jax.tree.map(np.asarray, weights)
+
+
+def verify_export(folder: Path) -> list[str]:
+    """Reads all of a folder as `load` does, and its tokenizer if it has one.
+
+    Returns:
+      What is bad, a line each; none for a folder that is whole. Where there is no `sha256.json`, as
+      in folders from elsewhere, a flipped bit that leaves a number finite is not seen.
+    """
+    bad = []
+    try:
+        for weight in jax.tree.leaves(open_folder(folder)[1]):
+            np.asarray(weight)
+    except UserError as error:
+        bad.append(str(error))
+    try:
+        if (folder / "tokenizer.model").exists():
+            load_tokenizer(folder / "tokenizer.model")
+    except UserError as error:
+        bad.append(str(error))
+    return bad
+
+
+def check(folder: Path, config: LlamaConfig, weights: Weights, dtype: str = "float32") -> float:
+    """Opens an exported folder with transformers and compares its logits with ours, in fp32.
+
+    Args:
+      folder: as `export` wrote it.
+      config: the model that was exported.
+      weights: as `llama.init_weights` gives them, or `Unread`.
+      dtype: what they were rounded to on the way; ours are rounded alike.
+
+    Returns:
+      The largest absolute difference, over random tokens of the whole vocabulary.
+
+    Raises:
+      UserError: torch or transformers are not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise UserError(
+            "Comparing with transformers needs torch: pip install 'tinyllama-jax[torch]'."
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype(jnp.float32), weights)
+    apply = jax.jit(functools.partial(llama.apply, config))
+    generator, largest = np.random.default_rng(0), 0.0
+    for length in sorted({min(length, config.context) for length in (1, 7, 64, 256)}):
+        tokens_BT = generator.integers(config.vocab_size, size=(2, length))
+        # GPUs multiply fp32 matrices in fewer bits unless told otherwise.
+        with jax.default_matmul_precision("highest"):
+            ours_BTV = np.asarray(apply(weights, tokens_BT))
+        with torch.no_grad():
+            theirs_BTV = model(torch.from_numpy(tokens_BT)).logits.numpy()
+        largest = max(largest, float(np.abs(ours_BTV - theirs_BTV).max()))
+    return largest

@@ -1,0 +1,118 @@
+"""The original's checkpoints: lit-gpt's `.pth`, with the weights under other names and fused."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllama_jax.config import LlamaConfig
+from tinyllama_jax.conversion.tensors import tensors, unread_tensors
+from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.model.llama import Weights
+
+# Our path -> lit-gpt's name (TinyLlama's lit_gpt/model.py). Query, key and value are one tensor.
+QKV = "transformer.h.{}.attn.attn.weight"
+LITGPT_NAMES = {
+    "embedding_VD": "transformer.wte.weight",
+    "blocks.attention_norm_D": "transformer.h.{}.norm_1.weight",
+    "blocks.query_DNH": QKV,
+    "blocks.key_DKH": QKV,
+    "blocks.value_DKH": QKV,
+    "blocks.output_NHD": "transformer.h.{}.attn.proj.weight",
+    "blocks.swiglu_norm_D": "transformer.h.{}.norm_2.weight",
+    "blocks.gate_DF": "transformer.h.{}.mlp.swiglu.w1.weight",
+    "blocks.up_DF": "transformer.h.{}.mlp.swiglu.w2.weight",
+    "blocks.down_FD": "transformer.h.{}.mlp.swiglu.w3.weight",
+    "norm_D": "transformer.ln_f.weight",
+    "head_DV": "lm_head.weight",
+}
+
+
+def split_qkv(qkv: np.ndarray, config: LlamaConfig) -> dict[str, np.ndarray]:
+    """Query, key and value from the rows of the fused matrix, ((N + 2 K) H, D).
+
+    Each kv head has its rows together: those of its query heads, its key, its value.
+    """
+    N, K, H, D = config.query_heads, config.kv_heads, config.head_width, config.width
+    groups_KMHD = qkv.reshape(K, N // K + 2, H, D)
+    return {
+        "blocks.query_DNH": groups_KMHD[:, :-2].reshape(N * H, D),
+        "blocks.key_DKH": groups_KMHD[:, -2].reshape(K * H, D),
+        "blocks.value_DKH": groups_KMHD[:, -1].reshape(K * H, D),
+    }
+
+
+def open_litgpt(file: Path, config: LlamaConfig) -> Weights:
+    """The weights of a `.pth` of the original, not read yet.
+
+    Args:
+      file: as torch 1.6 and later saves it: the weights, or a training state with them as `model`.
+        Only tensors and plain values are unpickled.
+      config: the model that was trained, which the file does not tell.
+
+    Returns:
+      The tree of `llama.init_weights`, its leaves `Unread` and fp32.
+
+    Raises:
+      UserError: torch is not installed, a file that is damaged, of the older format or with other
+        objects in it, and tensors that are missing, too many or of another shape or dtype.
+    """
+    require(file.is_file(), f"There is no file {file}.")
+    require(
+        zipfile.is_zipfile(file),
+        f"{file} is no checkpoint that torch 1.6 or later saved, or it is cut off: download it "
+        "again, or open it with the torch that wrote it and save it anew.",
+    )
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "Reading a .pth needs torch: pip install 'tinyllama-jax[torch]'."
+        ) from error
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        raise UserError(
+            f"{file} is damaged, or holds more than tensors, which could run anything "
+            f"({str(error).splitlines()[0][:150]}): download it again, or save its weights alone."
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        found = found["model"]
+    require(isinstance(found, dict), f"{file} holds no weights by name: give another file.")
+
+    wanted: dict[str, tuple[int, ...]] = {}
+    paths: dict[str, tuple[str, str]] = {}
+    heads = config.query_heads + 2 * config.kv_heads
+    for name, tensor in tensors(config).items():
+        # The layer, where the name has one: model.layers.N.
+        litgpt = LITGPT_NAMES[tensor.path].format(*name.split(".")[2:3])
+        paths[name] = (tensor.path, litgpt)
+        fused = LITGPT_NAMES[tensor.path] == QKV
+        wanted[litgpt] = (heads * config.head_width, config.width) if fused else tensor.hf_shape
+    for name in sorted(map(str, found.keys() ^ wanted.keys())):
+        state = "is missing from" if name in wanted else "is unknown in"
+        raise UserError(f"Tensor {name} {state} {file}: give the config that it was trained with.")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for name, shape in wanted.items():
+        tensor = found[name]
+        require(
+            isinstance(tensor, torch.Tensor)
+            and tuple(tensor.shape) == shape
+            and tensor.dtype in dtypes,
+            f"Tensor {name} of {file} is {getattr(tensor, 'dtype', type(tensor).__name__)} "
+            f"{tuple(getattr(tensor, 'shape', ()))}, not {shape} in fp32, bf16 or fp16: give the "
+            "config that it was trained with.",
+        )
+
+    def read(name: str) -> np.ndarray:
+        path, litgpt = paths[name]
+        array = found[litgpt].to(torch.float32).numpy()
+        require(
+            bool(np.isfinite(array).all()),
+            f"Tensor {litgpt} of {file} holds values that are not finite: take another checkpoint.",
+        )
+        return split_qkv(array, config)[path] if LITGPT_NAMES[path] == QKV else array
+
+    return unread_tensors(config, read)

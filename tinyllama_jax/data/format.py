@@ -1,0 +1,57 @@
+"""What a dataset is on disk: records of tokens, and a manifest of the shards that hold them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllama_jax.data.tokenizer import EOS
+from tinyllama_jax.errors import UserError, require
+
+MANIFEST = "manifest.json"
+RECORD = 8192
+"""Targets of a record. A record holds one token more, and serves every context dividing this."""
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def is_padding(tokens_BS: np.ndarray) -> np.ndarray:
+    """Which tokens are an eos after an eos, (..., S); the first of a row never is."""
+    ends_BS = tokens_BS == EOS
+    padding_BS = np.zeros_like(ends_BS)
+    padding_BS[..., 1:] = ends_BS[..., 1:] & ends_BS[..., :-1]
+    return padding_BS
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset.
+
+    Raises:
+      UserError: no dataset there, a damaged manifest, or a shard that is missing or truncated.
+    """
+    folder = Path(folder)
+    require(
+        (folder / MANIFEST).is_file(),
+        f"There is no dataset at {folder}: write one with `tinyllama prepare`.",
+    )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        sizes = {shard["file"]: shard["bytes"] for shard in shards}
+        manifest["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: remove {folder} and prepare it again."
+        ) from None
+    for file, size in sizes.items():
+        found = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        require(
+            found == size,
+            f"{folder / file} holds {found:,} bytes where the manifest says {size:,}: "
+            f"remove {folder} and prepare it again.",
+        )
+    return manifest

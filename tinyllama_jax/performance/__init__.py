@@ -1,0 +1,1 @@
+"""What a compiled step is, and where its time goes."""

@@ -1,0 +1,1 @@
+"""What a run takes of GPUs that are not here."""
