@@ -53,7 +53,7 @@ def spec_of(model: str, on_gpu: bool, options: Options) -> running.Spec:
     """What is trained: the first of the systems of benchmarks/training.py."""
     rows, precision = ROWS[model], "bfloat16" if on_gpu else "float32"
     micro_rows = min(rows, options.micro_rows) if on_gpu else rows // 2
-    execution = {"attention": options.attention, "unroll_layers": True}
+    execution = {"attention": options.attention}
     if on_gpu:
         execution["recompute"] = "elementwise"
     spec = running.spec_of(model, rows, precision, options.steps, micro_rows)

@@ -310,7 +310,7 @@ def main(options: Options) -> int:
     config, steps = running.MODELS[model], options.steps
     precision = "bfloat16" if on_gpu else "float32"
     spec = running.spec_of(model, options.rows, precision, steps)
-    spec |= {"ours": {"unroll_layers": True}, "torch": {"compiled": on_gpu}}
+    spec |= {"ours": {}, "torch": {"compiled": on_gpu}}
     if device in PEAK_FLOPS:
         tokens = len(SEEDS) * len(SYSTEMS) * steps * options.rows * config.context
         work = tokens * flops_per_token(config, causal=False)

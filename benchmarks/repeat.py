@@ -104,7 +104,7 @@ def measure(options: Options, model: str, on_gpu: bool, tell: Callable[[Rows], N
     `tell` gets those so far."""
     spec = running.spec_of(model, options.rows, "bfloat16" if on_gpu else "float32", options.steps)
     attention = {"attention": "pallas"} if on_gpu and not options.quick else {}
-    spec["options"] = {"unroll_layers": True, "recompute": "elementwise"} | attention
+    spec["options"] = {"recompute": "elementwise"} | attention
     found, started = [], time.monotonic()
     temporary = tempfile.TemporaryDirectory(prefix="repeat-")
     with temporary as folder, Console(stderr=True).status("") as status:

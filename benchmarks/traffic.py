@@ -61,7 +61,7 @@ def main(options: Options) -> int:
 
     rows = options.micro_rows * options.micro_batches * devices
     spec = running.spec_of(options.model, rows, "bfloat16", 1, options.micro_rows * devices)
-    execution = {"attention": "pallas", "recompute": "elementwise", "unroll_layers": True}
+    execution = {"attention": "pallas", "recompute": "elementwise"}
     config = ours.config_of(spec | {"options": execution}, OptimizerConfig(), 10_000)
     hosts = max(1, devices // NODE_DEVICES)
     compiled = compile_step(

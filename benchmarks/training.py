@@ -74,7 +74,7 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
     PyTorch's by what others published, `peers` all else there is to compare with."""
 
     def ours(micro_rows: int = rows, flags=None, without=(), **options) -> System:
-        defaults = {"recompute": "elementwise", "unroll_layers": True, "attention": "cudnn"}
+        defaults = {"recompute": "elementwise", "attention": "cudnn"}
         how = defaults | options, flags or {}, without
         return System(OURS, "bfloat16", micro_rows, *how)
 
@@ -95,7 +95,6 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
             ours(attention="pallas"),
             ours(recompute="nothing"),
             ours(attention="triton"),
-            ours(unroll_layers=False),
             ours(),
         ],
     }
@@ -104,7 +103,7 @@ def gpu_systems(parts: tuple[Part, ...], rows: int = 16) -> list[System]:
 
 def cpu_systems(rows: int) -> list[System]:
     # As configs/demo.py: half the rows at a time. PyTorch is faster with all of them.
-    ours = System(OURS, "float32", rows // 2, {"unroll_layers": True})
+    ours = System(OURS, "float32", rows // 2)
     eager = System("torch", "float32", rows, {"compiled": False})
     compiled = System("torch", "float32", rows, {"compiled": True})
     return [ours, eager, compiled, ours, eager, compiled, ours]

@@ -11,7 +11,6 @@ from tinyllama_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    ExecutionConfig,
     OptimizerConfig,
     SampleConfig,
     SourceConfig,
@@ -33,7 +32,6 @@ def get_config() -> Config:
         steps=400,
         batch_rows=8,
         micro_batches=2,  # half the rows at a time stay in a laptop's caches
-        execution=ExecutionConfig(unroll_layers=True),  # four layers compile as fast as one
         optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=40),
         checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
         validation=ValidationConfig(every=150, rows=32),

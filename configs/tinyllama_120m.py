@@ -35,7 +35,7 @@ def get_config() -> Config:
         batch_rows=1024,
         micro_batches=32,  # of 32 rows: 32 on one GPU, 4 on each of 8
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
-        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),
         validation=ValidationConfig(every=1000),
         sample=SampleConfig(every=1000),

@@ -46,7 +46,7 @@ def get_config() -> Config:
         batch_rows=1024,
         micro_batches=8,  # of 128 rows: 8 on each of 16 GPUs
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
-        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(recompute="elementwise"),
         # The original saved every 5,000 steps alone, and lost what came after.
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),
         validation=ValidationConfig(every=5000),

@@ -38,7 +38,7 @@ def get_config() -> Config:
         batch_rows=256,  # as many tokens as 1,024 rows of 2,048
         micro_batches=8,  # of 32 rows: 2 on each of 16 GPUs, as many tokens as 8 of 2,048
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=500),
-        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=1000),
         validation=ValidationConfig(every=500, rows=128),
         sample=SampleConfig(every=500, prompts=("def", "#include")),

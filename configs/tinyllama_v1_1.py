@@ -67,7 +67,7 @@ def _variant(name: str, weights: dict[str, float]) -> Config:
         micro_batches=11,  # of 80 rows: 5 on each of 16 GPUs
         batch_stages=(BatchStageConfig(after_step=COOLDOWN_AFTER, micro_batches=44),),
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
-        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),
         validation=ValidationConfig(every=5000),
         sample=SampleConfig(every=5000),

@@ -57,9 +57,7 @@ def run(devices: int, rows: int, recompute="elementwise", gather="step") -> Conf
         steps=1_430_512,
         batch_rows=1024,
         micro_batches=1024 // (devices * rows),
-        execution=ExecutionConfig(
-            recompute=recompute, gather=gather, unroll_layers=gather == "step"
-        ),
+        execution=ExecutionConfig(recompute=recompute, gather=gather),
     )
 
 

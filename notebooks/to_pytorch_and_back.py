@@ -36,7 +36,7 @@ from tinyllama_jax.data import mixture
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tinyllama_jax.inference.generate import generate
-from tinyllama_jax.model import llama
+from tinyllama_jax.model import decoding, llama
 from tinyllama_jax.preparation.documents import standard_library
 from tinyllama_jax.preparation.library import write_dataset
 from tinyllama_jax.runtime.mesh import make_mesh
@@ -176,11 +176,13 @@ plt.show()
 # and one more token; the columns to their right wait for text.
 
 # %%
-ready = llama.for_decoding(weights)
-logits_BV, cache = llama.prefill(model, ready, jnp.array([ids]), jnp.array([len(ids)]), columns=32)
+ready = decoding.for_decoding(weights)
+logits_BV, cache = decoding.prefill(
+    model, ready, jnp.array([ids]), jnp.array([len(ids)]), columns=32
+)
 newest = logits_BV.argmax(-1)
 place = len(ids)
-logits_BV, cache = llama.decode(model, ready, newest, jnp.array([place]), place, cache)
+logits_BV, cache = decoding.decode(model, ready, newest, jnp.array([place]), place, cache)
 
 with torch.no_grad():
     read = torch_model(torch.tensor([[*ids, int(newest[0])]]), use_cache=True)

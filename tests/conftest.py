@@ -51,9 +51,9 @@ from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.model import llama
 from tinyllama_jax.preparation.corpus import prepare_corpus
 from tinyllama_jax.preparation.library import write_dataset
+from tinyllama_jax.runtime import run_folder
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
-from tinyllama_jax.training import loop
 from tinyllama_jax.training.step import init_state
 
 
@@ -167,7 +167,7 @@ def source(config, mesh):
             state |= {"step": state["step"] + step, "skipped": state["skipped"] + 1}
             checkpoints.save(state, {"rows": step, "fingerprint": {}, "config": {}})
         checkpoints.close()
-    loop._describe_run(folder, source, mesh, None)
+    run_folder.describe_run(folder, source, mesh, None)
     return folder
 
 

@@ -24,8 +24,6 @@ class ExecutionConfig:
     """What the backward pass computes again instead of keeping it: nothing; the SwiGLU product and
     plain JAX's attention, so that no product of weights runs twice; or all but the input of each
     layer."""
-    unroll_layers: bool = False
-    """Compile each layer on its own: less traffic and memory on a GPU, longer compilation."""
     gather: Literal["step", "layer"] = "step"
     """When the weights are gathered from all devices: once a step, or layer by layer in each
     micro-batch, for models whose weights and gradients do not fit a device."""
@@ -35,11 +33,6 @@ class ExecutionConfig:
             self.gather == "step" or self.recompute != "nothing",
             "execution.gather is layer and execution.recompute is nothing, so every gathered "
             "weight would be kept: recompute elementwise or layers.",
-        )
-        require(
-            self.gather == "step" or not self.unroll_layers,
-            "execution.unroll_layers needs whole weights and execution.gather is layer: "
-            "leave one of them out.",
         )
 
 

@@ -64,6 +64,11 @@ def model_of_run(run: Path) -> LlamaConfig:
         ) from None
 
 
+# Options that earlier versions had. They decided no number of a run, so one that was begun with
+# them goes on without.
+REMOVED = {"unroll_layers"}
+
+
 def with_defaults(saved: Any, config: Any) -> Any:
     """The JSON of a run's config, with the options that came after it at their defaults.
 
@@ -76,7 +81,7 @@ def with_defaults(saved: Any, config: Any) -> Any:
         return [with_defaults(old, new) for old, new in parts] + saved[len(config) :]
     if not (isinstance(saved, dict) and dataclasses.is_dataclass(config)):
         return saved
-    whole = dict(saved)
+    whole = {name: value for name, value in saved.items() if name not in REMOVED}
     for field in dataclasses.fields(config):
         if field.name in saved:
             whole[field.name] = with_defaults(saved[field.name], getattr(config, field.name))

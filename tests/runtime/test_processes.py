@@ -35,7 +35,7 @@ PRELUDE = """
 import os, sys, time
 from tinyllama_jax.training import loop
 me = int(sys.argv[sys.argv.index("--process-id") + 1])
-batches = loop._batches
+batches = loop.batches_after
 
 def patched(config, rows, order, first_step):
     for step, batch in enumerate(batches(config, rows, order, first_step), first_step + 1):
@@ -43,7 +43,7 @@ def patched(config, rows, order, first_step):
             {fault}
         yield batch
 
-loop._batches = patched
+loop.batches_after = patched
 """
 
 

@@ -204,7 +204,7 @@ def test_a_larger_batch_reads_the_rows_that_follow(config, data):
     order = make_mixture(data, config.model.context)
     staged = dataclasses.replace(config, batch_stages=(BatchStageConfig(3, 5),))
     even, uneven = (
-        np.concatenate([b.reshape(-1, b.shape[-1]) for b in loop._batches(run, rows, order, 0)])
+        np.concatenate([b.reshape(-1, b.shape[-1]) for b in loop.batches_after(run, rows, order, 0)])
         for run in (config, staged)
     )
     np.testing.assert_array_equal(even, uneven[: len(even)])

@@ -61,8 +61,8 @@ def test_one_times_eight_equals_eight_times_one(config, mesh):
     "execution",
     [
         ExecutionConfig(recompute="elementwise"),
-        ExecutionConfig(recompute="layers", unroll_layers=True),
-        ExecutionConfig(unroll_layers=True),
+        ExecutionConfig(recompute="layers"),
+        ExecutionConfig(),
         ExecutionConfig(recompute="elementwise", gather="layer"),
         ExecutionConfig(recompute="layers", gather="layer"),
     ],
@@ -81,7 +81,6 @@ def test_every_way_to_compute_gives_the_losses_of_the_plain_one(config, mesh, ex
     "execution",
     [
         ExecutionConfig(),
-        ExecutionConfig(unroll_layers=True),
         ExecutionConfig(recompute="elementwise", gather="layer"),
     ],
     ids=str,

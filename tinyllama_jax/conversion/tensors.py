@@ -121,7 +121,7 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
 
 
 def unread_layers(weights: Weights) -> Weights:
-    """`Unread` weights as `llama.for_decoding` has them, all but the norms' gains still unread."""
+    """`Unread` weights as `for_decoding` gives them; all but the norms' gains stay unread."""
 
     def layers_of(weight: Unread) -> list[Unread]:
         count, *shape = weight.shape

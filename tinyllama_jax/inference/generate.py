@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import LlamaConfig
 from tinyllama_jax.errors import require
-from tinyllama_jax.model import llama
+from tinyllama_jax.model import decoding, llama
 from tinyllama_jax.runtime.mesh import BATCH_AXES
 
 CHUNK = 8  # new tokens of a row between two looks at them
@@ -194,7 +194,7 @@ def _extend(
 
 @jax.jit
 def _for_decoding(weights: llama.Weights) -> llama.Weights:
-    return _everywhere(llama.for_decoding(weights))
+    return _everywhere(decoding.for_decoding(weights))
 
 
 def for_decoding(weights: llama.Weights) -> llama.Weights:
@@ -209,7 +209,7 @@ class _Texts(NamedTuple):
     """Tokens that the model has not read yet."""
     positions_B: jax.Array
     """Where they stand in their texts."""
-    cache: llama.Cache
+    cache: decoding.Cache
 
 
 ROWS = P(BATCH_AXES)  # split over all devices
@@ -221,7 +221,7 @@ def _begin(config, columns, weights, tokens_BT, lengths_B, how) -> tuple[jax.Arr
     """Reads the prompts and chooses the first token of each row."""
 
     def begin(weights, tokens_BT, lengths_B, how):
-        logits_BV, cache = llama.prefill(config, weights, tokens_BT, lengths_B, columns)
+        logits_BV, cache = decoding.prefill(config, weights, tokens_BT, lengths_B, columns)
         return _Texts(_choose(logits_BV, lengths_B, *how), lengths_B, cache)
 
     begin = _on_own_rows(begin, (P(), ROWS, ROWS, HOW), ROWS)
@@ -243,7 +243,7 @@ def _go_on(config, weights, texts, column, open_B, steps, end, how) -> tuple[jax
 
         def add_token(state):
             step, new_BC, open_B, (newest_B, positions_B, cache) = state
-            logits_BV, cache = llama.decode(
+            logits_BV, cache = decoding.decode(
                 config, weights, newest_B, positions_B, column + step, cache
             )
             positions_B = positions_B + 1

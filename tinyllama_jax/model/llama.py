@@ -1,14 +1,18 @@
 """The Llama 2 decoder as Flax NNX modules: RoPE, RMSNorm, SwiGLU, grouped-query attention.
 
-Shapes: B batch, T tokens, S columns of a cache, D width, N query heads, K kv heads, H head width,
-F SwiGLU width, V vocabulary, L layers, X = N H. Weights are named and shaped for what they
-multiply: `query_DNH`.
+Shapes: B batch, T tokens, S = T + 1 tokens of a row with its targets, D width, N query heads,
+K kv heads, H head width, F SwiGLU width, V vocabulary, L layers, X = N H. A weight is named and
+shaped for what it multiplies: `query_DNH`.
+
+All other rooms see the weights as a plain nested dict, as `init_weights` makes it: `embedding_VD`,
+`blocks` (each weight of a block with a leading layer axis), `norm_D`, `head_DV`. The modules are
+what computes with them.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,39 +21,34 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from tinyllama_jax.config import ExecutionConfig, LlamaConfig
-from tinyllama_jax.model.attention import attention, cached_attention
+from tinyllama_jax.model.attention import attention
 from tinyllama_jax.model.embedding import embedding
 from tinyllama_jax.model.flash_attention import first_of_run
 from tinyllama_jax.model.loss import next_token_gradients, next_token_loss, target_scores
 from tinyllama_jax.model.norm import rms_norm
 from tinyllama_jax.model.products import dense, normed_products, swiglu_product
 
-Weights = dict[str, Any]  # a nested dict of arrays, as every other room sees a model
-Gather = Callable[[str, jax.Array], jax.Array]
-"""What makes a weight whole where the model comes to it: (name, this device's part) -> all of it.
-A weight of a block comes by its bare name and without its layer axis."""
+Weights = dict[str, Any]
+Rope = tuple[jax.Array, jax.Array]
+"""cos and sin of the rotation angles, (B, T, 1, H / 2) each; B is 1 where all rows share them."""
 
-
-def whole(name: str, weight: jax.Array) -> jax.Array:
-    """The `Gather` of weights that are not in parts."""
-    return weight
-
-
-# What a block keeps for its backward pass so that no matrix product runs twice: the SwiGLU product
-# is computed again, and the first norm, from the block's input.
+# The arrays that a block keeps for its backward pass under recompute "elementwise". With them no
+# matrix product of weights runs twice: the backward pass computes again only the SwiGLU product,
+# and the block's first norm from the block's input.
 KEPT = ("query", "key", "value", "attn_o", "attn_lse", "normed", "scale", "gate", "up")
 
-# The gain of a block's norm -> the matrices that multiply what it scales.
+# The gain of each norm in a block -> the matrices that multiply what it scales.
 SCALED_BY = {
     "attention_norm_D": ("query_DNH", "key_DKH", "value_DKH"),
     "swiglu_norm_D": ("gate_DF", "up_DF"),
 }
 
 
-def rope_tables(positions_BT: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotation angles, fp32, (B, T, 1, H / 2) (Su et al. 2021, section 3.2.2).
+def rope_tables(positions_BT: jax.Array, config: LlamaConfig) -> Rope:
+    """The rotation angles' cosines and sines, in fp32 (Su et al. 2021, section 3.2.2).
 
-    Computed in the step, never cached: a cache would have to be keyed by every input.
+    They are computed in each step and never cached, since a cache would have to be keyed by every
+    input: a second RoPE base or factor would silently get the tables of the first.
     """
     half = config.head_width // 2
     frequencies_h = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -59,15 +58,21 @@ def rope_tables(positions_BT: jax.Array, config: LlamaConfig) -> tuple[jax.Array
 
 
 def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H / 2): the half-split form, Hugging Face's own."""
+    """Rotates each pair of features (i, i + H / 2) by the angle of its position.
+
+    This is the half-split layout of Hugging Face's checkpoints. Meta's own checkpoints pair
+    neighbours (2 i, 2 i + 1) instead, and need their rows permuted first.
+    """
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = [a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)); the gains stand in the matrices, by
-    `fold_gains`."""
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)).
+
+    The norms have no gains here, because `fold_gains` has multiplied them into the matrices.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, N, K = config.width, config.query_heads, config.kv_heads
@@ -86,12 +91,20 @@ class Block(nnx.Module):
         self.up_DF = normal(into, D, F)
         self.down_FD = normal(out, F, D)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT, execution: ExecutionConfig):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: Rope,
+        segment_ids_BT: jax.Array | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),
+    ) -> jax.Array:
+        """The residual stream above the block, (B, T, D), from the stream below it."""
         x_BTD, q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, rope)
         attend = functools.partial(
             attention, segment_ids=segment_ids_BT, backend=execution.attention
         )
-        if execution.recompute == "elementwise":  # or plain JAX keeps all its scores
+        if execution.recompute == "elementwise":
+            # The kernels keep little, but plain JAX would keep all its scores, T x T a head.
             attend = jax.checkpoint(attend, policy=keep_matrix_products)
         with jax.named_scope("attention"):
             o_BTNH = attend(
@@ -101,13 +114,19 @@ class Block(nnx.Module):
             )
         return self.above_attention(x_BTD, o_BTNH, execution)
 
-    def heads(self, x_BTD, rope):
-        """The residual stream as it goes on; queries, keys and values, rotated: what attention and
-        a cache of it are made of."""
+    def heads(
+        self, x_BTD: jax.Array, rope: Rope
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The part of a block below attention, which a cache of keys and values needs by itself.
+
+        Returns:
+          The residual stream, unchanged but for its gradient, which ends in the norm's; and
+          queries (B, T, N, H), keys and values (B, T, K, H), the first two rotated.
+        """
         N, K, H = self.config.query_heads, self.config.kv_heads, self.config.head_width
         weights = self.query_DNH[...], self.key_DKH[...], self.value_DKH[...]
-        # One product for the three, or the backward pass would add up three gradients of what they
-        # multiply; for one token, to join them would copy the weights.
+        # Training multiplies the three as one matrix: the backward pass would otherwise add up
+        # three gradients of the norm. For a single token, joining them would copy all weights.
         groups = (weights,) if x_BTD.shape[1] > 1 else tuple((w,) for w in weights)
         with jax.named_scope("attention"):
             x_BTD, products = normed_products(x_BTD, None, groups, self.config.norm_eps)
@@ -115,10 +134,21 @@ class Block(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, (N, N + K), axis=2)
             return x_BTD, rotate(q_BTNH, *rope), rotate(k_BTKH, *rope), v_BTKH
 
-    def above_attention(self, x_BTD, o_BTNH, execution: ExecutionConfig = ExecutionConfig()):
-        """The residual stream above the block, from that below it and what attention gave."""
+    def above_attention(
+        self,
+        x_BTD: jax.Array,
+        o_BTNH: jax.Array,
+        execution: ExecutionConfig = ExecutionConfig(),
+    ) -> jax.Array:
+        """The part of a block above attention: the stream above the block, (B, T, D).
+
+        Args:
+          x_BTD: the stream below the block.
+          o_BTNH: what attention gave.
+          execution: whether the SwiGLU product is kept for the backward pass.
+        """
         with jax.named_scope("attention"):
-            # The heads side by side as one axis, for the same reason as in products.py.
+            # The heads are one axis of the product, for the reason given in products.py.
             output_XD = self.output_NHD[...].reshape(-1, self.config.width)
             y_BTD = dense(o_BTNH.reshape(*x_BTD.shape[:2], -1), output_XD)
         with jax.named_scope("swiglu"):
@@ -131,7 +161,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The blocks are one `Block` whose weights carry a leading layer axis."""
+    """The decoder. Its `blocks` are one `Block` whose weights carry a leading layer axis."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -144,60 +174,95 @@ class Llama(nnx.Module):
         self.blocks = nnx.vmap(block)(rngs.split(config.layers))
         self.head_DV = nnx.Param(std * jax.random.normal(rngs.params(), (D, V)))
 
-    def hidden(self, tokens_BT, segment_ids_BT, execution: ExecutionConfig, gather: Gather):
-        """The residual stream above the last block, (B, T, D)."""
-        x_BTD = embed({"embedding_VD": self.embedding_VD[...]}, tokens_BT, gather)
-        # What is computed again is said here, for the layer as a whole: a scan would copy what its
-        # own barriers hold, and keeps the second time apart from the first by itself.
-        plain = ExecutionConfig(attention=execution.attention)
-        layer = make_layer(self.config, plain, tokens_BT.shape[1], segment_ids_BT, gather)
-        if execution.recompute != "nothing":
-            policy = keep_matrix_products if execution.recompute == "elementwise" else None
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        # vmap made the layer axis above, scan walks it: the block is traced and compiled once.
-        stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-        return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked)[0]
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),
+    ) -> jax.Array:
+        """Logits (B, T, V) of the token after each token, in the dtype of the weights."""
+        h_BTD = self.hidden(tokens_BT, segment_ids_BT, execution)
+        with jax.named_scope("head"):
+            return h_BTD @ self.head_DV[...]
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),
+    ) -> jax.Array:
+        """What the head multiplies: the normalised stream above the last block, (B, T, D)."""
+        x_BTD = embedding(self.embedding_VD[...], tokens_BT)
+        x_BTD = through_blocks(self.config, self.layers(), x_BTD, segment_ids_BT, execution)
+        with jax.named_scope("head"):
+            return rms_norm(x_BTD, self.config.norm_eps)[0]
+
+    def layers(self) -> list[Block]:
+        """The blocks one by one, without the layer axis."""
+        definition, state = nnx.split(self.blocks)
+        leaves, tree = jax.tree.flatten(state)
+        each = zip(*map(jnp.unstack, leaves), strict=True)
+        return [nnx.merge(definition, jax.tree.unflatten(tree, layer)) for layer in each]
+
+
+def through_blocks(
+    config: LlamaConfig,
+    blocks: Iterable[Any],
+    x_BTD: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    execution: ExecutionConfig,
+    run: Callable[..., jax.Array] = Block.__call__,
+) -> jax.Array:
+    """The one composition of the layers, of training and of evaluation: (B, T, D).
+
+    Each layer is compiled on its own, instead of once as the body of a loop over all: a loop copies
+    what each layer keeps into arrays of all layers and out again, which doubled a step's memory
+    traffic, and it leaves the compiler nothing to do while another layer's weights travel.
+
+    Args:
+      config: the model.
+      blocks: the layers from the lowest to the highest.
+      x_BTD: the stream below the lowest.
+      segment_ids_BT: documents, as `Llama` takes them.
+      execution: how each layer is computed.
+      run: calls a block. Training passes weights for blocks, and a `run` that notes the layer's
+        backward pass.
+    """
+    rope = rope_tables(positions(x_BTD.shape[1], segment_ids_BT), config)
+    for block in blocks:
+        x_BTD = run(block, x_BTD, rope, segment_ids_BT, execution)
+    return x_BTD
 
 
 def positions(T: int, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """Places of the tokens of a row, (1, T); in a packed row (B, T), from 0 in each document."""
+    """Positions of the tokens in a row, (1, T); with documents (B, T), from 0 in each of them."""
     positions_1T = jnp.arange(T)[None]
     return positions_1T if segment_ids_BT is None else positions_1T - first_of_run(segment_ids_BT)
 
 
-def embed(weights: Weights, tokens_BT: jax.Array, gather: Gather = whole) -> jax.Array:
-    """The residual stream below the first block, (B, T, D)."""
-    return embedding(gather("embedding_VD", weights["embedding_VD"]), tokens_BT)
-
-
-def make_layer(
-    config: LlamaConfig,
-    execution: ExecutionConfig,
-    T: int,
-    segment_ids_BT: jax.Array | None = None,
-    gather: Gather = whole,
-) -> Callable[[jax.Array, Weights], jax.Array]:
-    """`layer(x_BTD, folded weights of one block) -> x_BTD`, for rows of T tokens."""
-    rope, block = rope_tables(positions(T, segment_ids_BT), config), make_block(config)
-
-    def layer(x_BTD, weights):
-        weights = {name: gather(name, w) for name, w in weights.items()}
-        return block(weights)(x_BTD, rope, segment_ids_BT, execution)
-
-    return layer
-
-
 def keep_matrix_products(primitive: Primitive, *args, **params) -> bool:
-    """A policy for `jax.checkpoint`: keeps what is named in `KEPT`, and what cuDNN's
-    forward pass of attention gives, which JAX does not name."""
+    """A policy for `jax.checkpoint` that keeps the arrays of `KEPT`.
+
+    It also keeps what cuDNN's forward pass of attention gives, which JAX does not name: without
+    that, this pass would run twice.
+    """
     by_name = jax.checkpoint_policies.save_only_these_names(*KEPT)
     return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
 
 
-def make_block(config: LlamaConfig) -> Callable[[Weights], Block]:
-    """`block(folded weights of one block) -> Block`."""
-    definition = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    return functools.partial(nnx.merge, definition)
+def make_block(config: LlamaConfig, weights: Weights) -> Block:
+    """The module of one layer, from its folded weights by name."""
+    return nnx.merge(_definition(Block, config), weights)
+
+
+def make_model(config: LlamaConfig, weights: Weights) -> Llama:
+    """The module of the model, from weights as `init_weights` or `fold_gains` give them."""
+    return nnx.merge(_definition(Llama, config), fold_gains(weights))
+
+
+@functools.cache
+def _definition(module: type[nnx.Module], config: LlamaConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
 
 
 def init_std(config: LlamaConfig) -> float:
@@ -211,18 +276,18 @@ def residual_init_std(config: LlamaConfig) -> float:
 
 
 def init_weights(config: LlamaConfig, key: jax.Array) -> Weights:
-    """Fresh fp32 weights, a pure function of the key: jit it with out_shardings to shard them."""
+    """Fresh fp32 weights, a pure function of the key; jit it with out_shardings to shard them."""
     weights = nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(params=key))))
     gains = {name: jnp.ones((config.layers, config.width)) for name in SCALED_BY}
     return weights | {"blocks": weights["blocks"] | gains, "norm_D": jnp.ones(config.width)}
 
 
 def fold_gains(weights: Weights) -> Weights:
-    """The weights as the modules take them: without gains, which are in the matrices after them.
+    """The weights with each norm's gain multiplied into the matrices that stand after the norm.
 
-    (x / rms(x) gain) w = x / rms(x) (gain w), so that a norm multiplies nothing, and its gain's
-    gradient, which this function's derivative gives, takes no pass over all tokens. What has no
-    gains, blocks in a list too, stays as it is.
+    (x / rms(x) gain) w = x / rms(x) (gain w). So a norm multiplies nothing, and the gradient of its
+    gain is the derivative of this function, which needs no pass over all tokens. Weights that are
+    folded already, with a list of blocks or with stacked ones, are returned as they are.
     """
 
     def scaled(gain_D, w_D):
@@ -259,109 +324,24 @@ def apply(
     Args:
       config: the model.
       weights: as `init_weights` gives them, in the dtype to compute in.
-      tokens_BT: ids in [0, V), T up to what memory holds; JAX clamps ids that lie outside, so check
+      tokens_BT: ids in [0, V), T up to what memory holds. JAX clamps ids that lie outside, so check
         them on the host.
-      segment_ids_BT: documents of a packed row; a token sees its own document alone, and its
-        position counts from there.
-      execution: how.
+      segment_ids_BT: numbers of the documents in packed rows. A token attends to its own document
+        alone, and its position counts from there.
+      execution: how the model is computed.
     """
-    weights = fold_gains(weights)
-    x_BTD = _merged(config, weights).hidden(tokens_BT, segment_ids_BT, execution, whole)
-    return _logits(config, weights, x_BTD)
-
-
-def for_decoding(weights: Weights) -> Weights:
-    """The weights as `prefill` and `decode` take them: folded, with a list of blocks, which share
-    nothing.
-
-    Cut out of all layers' weights where it is used, a matrix would be copied for every token.
-    """
-    weights = fold_gains(weights)
-    return weights | {"blocks": unstack(weights["blocks"])}
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far: of the kv heads alone, rotated.
-
-    The columns of a row hold its prompt, padding up to the longest one, and its new tokens. So a
-    new token has the same column in all rows, whatever its position in its own. Each layer has
-    arrays of its own: cut out of all layers' they would be copied for every token.
-    """
-
-    keys_BKSH: tuple[jax.Array, ...]
-    values_BKSH: tuple[jax.Array, ...]
-    filled_BS: jax.Array
-    """Which columns hold a token."""
-
-
-def prefill(
-    config: LlamaConfig,
-    weights: Weights,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    columns: int,
-) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after the last token of each prompt, and a cache with room for more.
-
-    Args:
-      config: the model.
-      weights: in the dtype to compute in, and as `for_decoding` gives them.
-      tokens_BT: prompts, each followed by padding, which no token of a prompt sees.
-      lengths_B: tokens of each prompt, from 1 to T.
-      columns: of the cache, at least T.
-    """
-    B, T = tokens_BT.shape
-    block, rope = make_block(config), rope_tables(jnp.arange(T)[None], config)
-    free = ((0, 0), (0, 0), (0, columns - T), (0, 0))
-    x_BTD, keys, values = embed(weights, tokens_BT), [], []
-    for layer in map(block, weights["blocks"]):
-        x_BTD, q_BTNH, k_BTKH, v_BTKH = layer.heads(x_BTD, rope)
-        with jax.named_scope("attention"):
-            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH)
-        x_BTD = layer.above_attention(x_BTD, o_BTNH)
-        keys.append(jnp.pad(k_BTKH.swapaxes(1, 2), free))
-        values.append(jnp.pad(v_BTKH.swapaxes(1, 2), free))
-    cache = Cache(tuple(keys), tuple(values), jnp.arange(columns) < lengths_B[:, None])
-    # Of the other positions nobody wants the logits, which are V wide.
-    return _logits(config, weights, x_BTD[jnp.arange(B), lengths_B - 1]), cache
-
-
-def decode(
-    config: LlamaConfig,
-    weights: Weights,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    column: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after one more token of each row, and the cache with it.
-
-    Args:
-      config: the model.
-      weights: in the dtype to compute in, and as `for_decoding` gives them.
-      tokens_B: the tokens.
-      positions_B: where each stands in its row's text.
-      column: where all of them go in the cache.
-      cache: of the tokens before; donate it, and it is written in place.
-    """
-    block, rope = make_block(config), rope_tables(positions_B[:, None], config)
-    filled_BS = cache.filled_BS.at[:, column].set(True)
-    x_B1D, keys, values = embed(weights, tokens_B[:, None]), [], []
-    layers = zip(map(block, weights["blocks"]), cache.keys_BKSH, cache.values_BKSH, strict=True)
-    for layer, k_BKSH, v_BKSH in layers:
-        x_B1D, q_B1NH, k_B1KH, v_B1KH = layer.heads(x_B1D, rope)
-        keys.append(k_BKSH.at[:, :, column].set(k_B1KH[:, 0]))
-        values.append(v_BKSH.at[:, :, column].set(v_B1KH[:, 0]))
-        with jax.named_scope("attention"):
-            o_B1NH = cached_attention(q_B1NH, keys[-1], values[-1], filled_BS)
-        x_B1D = layer.above_attention(x_B1D, o_B1NH)
-    return _logits(config, weights, x_B1D[:, 0]), Cache(tuple(keys), tuple(values), filled_BS)
+    return make_model(config, weights)(tokens_BT, segment_ids_BT, execution)
 
 
 def unstack(
     blocks: Weights, layers_of: Callable[[Any], Sequence[Any]] = jnp.unstack
 ) -> list[Weights]:
-    """The weights of each block, from those with a leading layer axis, which `layers_of` splits."""
+    """The weights of each block by name, from those with a leading layer axis.
+
+    Args:
+      blocks: the weights of all blocks by name.
+      layers_of: splits one of them along its layer axis.
+    """
     layers = zip(*map(layers_of, blocks.values()), strict=True)
     return [dict(zip(blocks, layer, strict=True)) for layer in layers]
 
@@ -370,43 +350,58 @@ def loss(
     config: LlamaConfig,
     weights: Weights,
     tokens_BS: jax.Array,
-    weights_BT: jax.Array,
+    loss_weights_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
-    gather: Gather = whole,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums of next-token losses and of their weights, without the logits ever standing in memory.
+    """The sum of the next-token losses, and of their weights; no array of all logits is made.
 
     Args:
       config: the model.
       weights: in the dtype to compute in.
       tokens_BS: rows of S = T + 1 tokens.
-      weights_BT: fp32, how much the target tokens_BS[:, 1:] counts.
-      segment_ids_BT: as `apply` takes them, of tokens_BS[:, :-1].
-      execution: how.
-      gather: makes a weight whole where `weights` are the parts of a device; by default they are.
+      loss_weights_BT: fp32, how much each target tokens_BS[:, 1:] counts.
+      segment_ids_BT: documents of tokens_BS[:, :-1], as `apply` takes them.
+      execution: how the model is computed.
 
     Returns:
       As `next_token_loss`.
     """
-    weights = fold_gains(weights)
-    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], segment_ids_BT, execution, gather)
+    model = make_model(config, weights)
+    h_BTD = model.hidden(tokens_BS[:, :-1], segment_ids_BT, execution)
     with jax.named_scope("head"):
-        h_BTD, _ = rms_norm(x_BTD, config.norm_eps)
-        head_DV = gather("head_DV", weights["head_DV"])
-        return next_token_loss(h_BTD, head_DV, tokens_BS[:, 1:], weights_BT)
+        return next_token_loss(h_BTD, model.head_DV[...], tokens_BS[:, 1:], loss_weights_BT)
 
 
-def head_gradients(config: LlamaConfig, weights: Weights, x_BTD, tokens_BS, weights_BT, sums):
-    """What `loss` returns, from the stream above the last block and folded weights; the gradient of
-    that stream; and `sums`, a dict of fp32 gradients of the weights, with theirs added."""
+def head_gradients(
+    config: LlamaConfig,
+    head_DV: jax.Array,
+    x_BTD: jax.Array,
+    tokens_BS: jax.Array,
+    loss_weights_BT: jax.Array,
+    dhead_DV: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The top of the backward pass: the loss, and its gradients by the stream and by the head.
+
+    Args:
+      config: the model.
+      head_DV: the head, with the last norm's gain folded in.
+      x_BTD: the stream above the last block.
+      tokens_BS: rows of S = T + 1 tokens.
+      loss_weights_BT: fp32, how much each target counts.
+      dhead_DV: fp32 gradient of the head so far, onto which this one is added.
+
+    Returns:
+      The sum of the losses; the sum of their weights; the gradient of x_BTD; and dhead_DV with the
+      head's gradient added.
+    """
     with jax.named_scope("head"):
-        h_BTD, back = jax.vjp(lambda x_BTD: rms_norm(x_BTD, config.norm_eps)[0], x_BTD)
+        h_BTD, norm_back = jax.vjp(lambda x_BTD: rms_norm(x_BTD, config.norm_eps)[0], x_BTD)
         loss, dh_BTD, dhead_DV, _ = next_token_gradients(
-            h_BTD, weights["head_DV"], tokens_BS[:, 1:], weights_BT, sums["head_DV"]
+            h_BTD, head_DV, tokens_BS[:, 1:], loss_weights_BT, dhead_DV
         )
-        (dx_BTD,) = back(dh_BTD)
-        return loss, jnp.sum(weights_BT), dx_BTD, sums | {"head_DV": dhead_DV}
+        (dx_BTD,) = norm_back(dh_BTD)
+        return loss, jnp.sum(loss_weights_BT), dx_BTD, dhead_DV
 
 
 def next_token_scores(
@@ -415,30 +410,18 @@ def next_token_scores(
     tokens_BS: jax.Array,
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each token but the first of a row: its log-probability, and whether none is likelier.
+    """For each token but the first of a row: its log-probability, and whether none is likelier.
 
     Args:
       config: the model.
       weights: in the dtype to compute in.
       tokens_BS: rows of S = T + 1 tokens.
-      execution: how.
+      execution: how the model is computed.
 
     Returns:
       As `target_scores`, (B, T) each.
     """
-    weights = fold_gains(weights)
-    x_BTD = _merged(config, weights).hidden(tokens_BS[:, :-1], None, execution, whole)
+    model = make_model(config, weights)
+    h_BTD = model.hidden(tokens_BS[:, :-1], None, execution)
     with jax.named_scope("head"):
-        h_BTD, _ = rms_norm(x_BTD, config.norm_eps)
-        return target_scores(h_BTD, weights["head_DV"], tokens_BS[:, 1:])
-
-
-def _logits(config: LlamaConfig, weights: Weights, x: jax.Array) -> jax.Array:
-    """Of any positions, (..., V), from the residual stream above the last block."""
-    with jax.named_scope("head"):
-        return rms_norm(x, config.norm_eps)[0] @ weights["head_DV"]
-
-
-def _merged(config: LlamaConfig, weights: Weights) -> Llama:
-    definition = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(definition, weights)
+        return target_scores(h_BTD, model.head_DV[...], tokens_BS[:, 1:])

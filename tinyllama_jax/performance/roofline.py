@@ -50,9 +50,8 @@ SPEEDS = {
 # What elementwise work reaches of a card's bandwidth: assumed, as STREAM-like copies come close.
 BANDWIDTH_SHARE = 0.9
 # Bytes through memory beside matrix products and attention, for each byte that recompute
-# `elementwise` keeps, by `unroll_layers`: counted in the compiled step of the 1.1B, 4.8 and 9.1 MB
-# a token over 0.88 MB. Scanned layers copy what they keep into stacks and out again.
-TRAFFIC_OF_KEPT_BYTE = {True: 5.45, False: 10.3}
+# `elementwise` keeps: counted in the compiled step of the 1.1B, 4.8 MB a token over 0.88 MB.
+TRAFFIC_OF_KEPT_BYTE = 5.45
 # AdamW a parameter: weight, gradient and two moments read, three of them written (28 bytes), the
 # gradient read once more for its norm (4), and the weight written in bf16 (2).
 OPTIMIZER_TRAFFIC = 34
@@ -91,7 +90,7 @@ def work_by_formula(config: Config, devices: int, fsdp: int) -> Work:
     in_layers = model.parameters() - 2 * head - norms
     again = in_layers - model.layers * model.width * model.swiglu_width
     twice = execution.recompute == "layers"
-    traffic = TRAFFIC_OF_KEPT_BYTE[execution.unroll_layers] * kept_by_elementwise(model)
+    traffic = TRAFFIC_OF_KEPT_BYTE * kept_by_elementwise(model)
     traffic *= model.layers
     optimizer_bytes = OPTIMIZER_TRAFFIC * model.parameters() / fsdp
     return Work(
@@ -159,7 +158,7 @@ def shortfall(target: Target) -> float:
         data=DataConfig(),
         steps=10_000,
         batch_rows=1024,
-        execution=ExecutionConfig(recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(recompute="elementwise"),
     )
     tokens = config.batch_rows * TINYLLAMA_1B.context / 16
     fastest = seconds(work_by_formula(config, 16, 16), speeds.published_on)

@@ -63,8 +63,6 @@ def estimated_peak(config: Config, devices: int, fsdp: int) -> int:
     whole = item * parameters
     if config.micro_batches > 1:
         whole += 4 * parameters
-    if config.micro_batches > 2 and not execution.unroll_layers:
-        whole += 2 * item * parameters  # a loop over layers wants arrays of all layers
     leaving = 3 * 4 * layer + 2 * outside
     return int(state + whole + activations + leaving)
 
@@ -79,8 +77,8 @@ def largest_micro_batches(
 ) -> tuple[MicroBatch, ...]:
     """The most rows a device can take at once, for each choice of `execution.recompute`.
 
-    With unrolled layers a step of one micro-batch stands for any, and the sums of gradients that
-    the others need are added: it compiles in half the time. With scanned layers three do.
+    A step of one micro-batch stands for any, since it compiles in half the time, and the sums of
+    gradients that several need are added.
 
     Args:
       config: the run.
@@ -91,8 +89,7 @@ def largest_micro_batches(
       estimate: a guess of it.
     """
     most = config.batch_rows // devices
-    count = 1 if config.execution.unroll_layers else min(config.micro_batches, 3)
-    sums = 4 * config.model.parameters() if count == 1 < config.micro_batches else 0
+    sums = 4 * config.model.parameters() if config.micro_batches > 1 else 0
 
     def search(recompute: Recompute) -> MicroBatch:
         execution = dataclasses.replace(config.execution, recompute=recompute)
@@ -100,8 +97,8 @@ def largest_micro_batches(
         def trial(rows: int) -> Config:
             return dataclasses.replace(
                 config,
-                micro_batches=count,
-                batch_rows=count * rows * devices,
+                micro_batches=1,
+                batch_rows=rows * devices,
                 batch_stages=(),
                 execution=execution,
             )

@@ -1,159 +1,80 @@
-"""The gradients of a step, and everything that crosses the network for them."""
+"""The gradients of a step, and everything that crosses the network for them.
 
+Weights, and sums of their gradients, are held here as buckets: a list of dicts by name, the
+embedding's first, then one for each layer, then the head's. A bucket crosses the network as one
+array, while the layer next to it computes.
+"""
+
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import Config
+from tinyllama_jax.config import Config, ExecutionConfig, LlamaConfig
 from tinyllama_jax.data.boundaries import segment_ids
 from tinyllama_jax.model import llama
+from tinyllama_jax.model.embedding import embedding
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, gather_axis, shardings
 
-Batch = tuple[jax.Array, jax.Array]
-"""Tokens and loss weights of a micro-batch; of several, with an axis for them in front."""
 Bucket = dict[str, jax.Array]
-"""Weights that cross the network together, by name: those of a layer, without their layer axis,
-or some of those outside the layers."""
-Sums = tuple[jax.Array, jax.Array, Any]
-"""Over the rows so far: losses, loss weights, and fp32 gradients of the losses."""
+"""Weights, or gradients of weights, by name. Those of a layer have no layer axis."""
+Exchange = Callable[[Bucket], Bucket]
+"""Something that is done to a bucket on its way to or from the other devices."""
+
+
+class Batch(NamedTuple):
+    """A micro-batch; or several, with an axis A for them in front."""
+
+    tokens_BS: jax.Array
+    loss_weights_BT: jax.Array
+
+
+class Sums(NamedTuple):
+    """What all micro-batches so far add up to on this device."""
+
+    loss: jax.Array
+    targets: jax.Array
+    """The sum of the loss weights, by which loss and gradients are divided in the end."""
+    gradients: list[Bucket]
+    """In fp32: in bf16 a sum of many micro-batches would lose the small ones."""
 
 
 def make_gradients(
     config: Config, mesh: Mesh, dtype: jnp.dtype
 ) -> Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, Weights]]:
-    """`gradients(weights, tokens_ABS, weights_ABT) -> (mean loss, its fp32 gradient)`.
+    """`gradients(weights, tokens_ABS, loss_weights_ABT) -> (mean loss, its fp32 gradient)`.
 
-    Each device works on its own rows, and what crosses the network is written out: with
-    `execution.gather` "step" the weights are gathered once, micro-batches add up gradients of whole
-    weights in fp32, and these are scattered once. With "layer" both happen in every layer of every
-    micro-batch, so no device holds all layers whole.
+    Each device works on its own rows, and what crosses the network is written out here instead of
+    being left to the compiler. With `execution.gather` "step" the weights are gathered once a step,
+    each device adds up whole gradients in fp32, and these are scattered once. With "layer" both
+    happen in every layer of every micro-batch, so that no device ever holds all layers whole.
 
     Args:
       config: the run.
-      mesh: where.
+      mesh: the devices.
       dtype: of matrix products, and of the weights that are gathered.
     """
-    model, execution = config.model, config.execution
 
-    def documents(tokens_BS: jax.Array) -> jax.Array | None:
-        return segment_ids(tokens_BS[:, :-1]) if config.data.mask_documents else None
-
-    def add(sums: Sums, weights: Weights, batch: Batch, gather=llama.whole) -> Sums:
-        """The sums with a micro-batch more."""
-
-        def loss(weights):
-            return llama.loss(model, weights, *batch, documents(batch[0]), execution, gather)
-
-        (losses, count), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-        return jax.tree.map(jnp.add, sums, (losses, count, _fp32(grads)))
-
-    def add_joined(sums: Sums, buckets: list[Bucket], batch: Batch) -> Sums:
-        losses, count, grads = add(_with_joined(sums), _join(buckets), batch)
-        return losses, count, _split(grads)
-
-    def add_by_layer(sums: Sums, buckets: list[Bucket], batch: Batch, leave=_identity) -> Sums:
-        """As `add`, each layer on its own; what `leave` makes of a bucket's gradients is kept.
-
-        Gradients of weights in fp32 are products in fp32, which add onto the sums where they lie.
-        That the weights came out of a narrower dtype, to be multiplied in it, the compiler finds:
-        nothing is converted.
-
-        Without a word of when, the compiler works out all layers first, and has nothing left to do
-        while gradients leave, nor memory for what they are made of. So a layer's work waits until
-        the gradients of the second layer above it have left.
-        """
-        losses, count, (sums_below, *sums_layers, sums_above) = sums
-        below, *layers, above = buckets
-        tokens_BS, weights_BT = batch
-
-        def embed(below):
-            return llama.embed(below, tokens_BS[:, :-1])
-
-        layer = llama.make_layer(model, execution, weights_BT.shape[1], documents(tokens_BS))
-
-        def through(x_BTD, bucket):
-            """The stream above a layer, and the layer's backward pass."""
-            if execution.recompute != "layers":
-                return jax.vjp(layer, x_BTD, _fp32(bucket))
-
-            def back(dx_BTD):
-                # Or the compiler finds that it has computed the layer before, and keeps it.
-                x_again_BTD, dx_BTD = jax.lax.optimization_barrier((x_BTD, dx_BTD))
-                return jax.vjp(layer, x_again_BTD, _fp32(bucket))[1](dx_BTD)
-
-            return layer(x_BTD, bucket), back
-
-        x_BTD, back_embed = jax.vjp(embed, below)
-        back_layers = []
-        for bucket in layers:
-            x_BTD, back = through(x_BTD, bucket)
-            back_layers.append(back)
-        loss, targets, dx_BTD, sums_above = llama.head_gradients(
-            model, above, x_BTD, tokens_BS, weights_BT, sums_above
-        )
-
-        left = [leave(sums_above)]
-        for back, sums_layer in zip(back_layers[::-1], sums_layers[::-1], strict=True):
-            dx_BTD, grads = back(dx_BTD)
-            sums_layer = _sum(sums_layer, grads)
-            dx_BTD, left[-1] = jax.lax.optimization_barrier((dx_BTD, left[-1]))
-            left.append(leave(sums_layer))
-        left.append(leave(_sum(sums_below, *back_embed(dx_BTD))))
-        return losses + loss, count + targets, left[::-1]
-
-    add_bucketed = add_by_layer if execution.unroll_layers else add_joined
-
-    def sums_in_loop(weights: Weights, batches: Batch, gather=llama.whole) -> Sums:
-        return _over(batches, _no_sums(weights), lambda s, b: add(s, weights, b, gather))
-
-    def sums_gathered_by_step(weights: Weights, batches: Batch) -> Sums:
-        """The first and the last micro-batch stand outside the loop: the first works on a layer
-        while the weights of the next arrive, the last while the gradients of the one above leave.
-        """
-        tokens_ABS, weights_ABT = batches
-        first, between, last = (
-            (tokens_ABS[part], weights_ABT[part]) for part in (0, slice(1, -1), -1)
-        )
-        buckets = [_gather(bucket) for bucket in _split(weights)]
-        sums = _no_sums(buckets)
-        if len(tokens_ABS) > 1:
-            sums = add_by_layer(sums, buckets, first)
-            sums = _over(between, sums, lambda s, b: add_bucketed(s, buckets, b))
-            # Begun before the others are done, the last one would need memory beside theirs.
-            sums, last = jax.lax.optimization_barrier((sums, last))
-
-        def scatter(grads: Bucket) -> Bucket:
-            return _scatter(grads, mesh.shape["fsdp"])
-
-        return _with_joined(add_by_layer(sums, buckets, last, scatter))
-
-    def sums_by_layer(weights: Weights, batches: Batch) -> Sums:
-        buckets = _split(weights)
-        sums = _over(batches, _no_sums(buckets), lambda s, b: add_by_layer(s, buckets, b))
-        return _with_joined(sums)
-
-    def mean_gradients(weights, tokens_ABS, weights_ABT):
+    def mean_gradients(weights, tokens_ABS, loss_weights_ABT):
         folded, unfold = jax.vjp(llama.fold_gains, weights)
-        weights = jax.tree.map(lambda w: w.astype(dtype), folded)
-        batches = tokens_ABS, weights_ABT
-        if execution.gather == "layer":
-            losses, count, grads = sums_in_loop(weights, batches, _gather_one)
-            grads = jax.lax.psum(grads, "data")
+        parts = split(jax.tree.map(lambda w: w.astype(dtype), folded))
+        batches = Batch(tokens_ABS, loss_weights_ABT)
+        if config.execution.gather == "layer":
+            sums = gathered_by_layer(config, parts, batches)
         elif mesh.size > 1:
-            losses, count, grads = sums_gathered_by_step(weights, batches)
-        elif execution.unroll_layers:
-            losses, count, grads = sums_by_layer(weights, batches)
+            sums = gathered_by_step(config, parts, batches, devices=mesh.shape["fsdp"])
         else:
-            losses, count, grads = sums_in_loop(weights, batches)
-        losses, count = jax.lax.psum((losses, count), BATCH_AXES)
-        (grads,) = unfold(jax.tree.map(lambda g: g / count, grads))
-        return losses / count, grads
+            sums = over(batches, no_sums(parts), lambda s, b: add(config, s, parts, b))
+        loss, targets = jax.lax.psum((sums.loss, sums.targets), BATCH_AXES)
+        means = jax.tree.map(lambda g: g / targets, join(sums.gradients))
+        return loss / targets, unfold(means)[0]
 
     weights = llama.abstract_weights(config.model)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings(weights, mesh))
@@ -163,56 +84,233 @@ def make_gradients(
         mesh=mesh,
         in_specs=(specs, rows, rows),
         out_specs=(P(), specs),
-        check_vma=False,  # kernels say nothing about which devices agree
+        check_vma=False,  # kernels do not say on which devices their results agree
     )
 
 
-def _no_sums(weights) -> Sums:
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    return jnp.zeros(()), jnp.zeros(()), zeros
+def gathered_by_step(config: Config, parts: list[Bucket], batches: Batch, devices: int) -> Sums:
+    """The sums of this device's parts of the gradients; weights and gradients travel once.
+
+    The first and the last micro-batch stand outside the loop over the others: the first works on a
+    layer while the weights of the next one arrive, and the last while the gradients of the layer
+    above leave.
+
+    Args:
+      config: the run.
+      parts: this device's parts of the weights.
+      batches: all micro-batches.
+      devices: how many share one set of weights.
+    """
+    weights = [gather(part) for part in parts]
+    first, between, last = (
+        jax.tree.map(lambda x, index=index: x[index], batches) for index in (0, slice(1, -1), -1)
+    )
+    sums = no_sums(weights)
+    if len(batches.tokens_BS) > 1:
+        sums = add(config, sums, weights, first)
+        sums = over(between, sums, lambda s, b: add(config, s, weights, b))
+        # Begun before the others are done, the last one would need its memory beside theirs.
+        sums, last = jax.lax.optimization_barrier((sums, last))
+    return add(config, sums, weights, last, leave=lambda bucket: scatter(bucket, devices))
 
 
-def _over(batches: Batch, sums: Sums, add: Callable[[Sums, Batch], Sums]) -> Sums:
+def gathered_by_layer(config: Config, parts: list[Bucket], batches: Batch) -> Sums:
+    """The same with weights that are gathered where they are used, for models of any size."""
+    sums = over(batches, no_sums(parts), lambda s, b: add(config, s, parts, b, gather))
+    return sums._replace(gradients=jax.lax.psum(sums.gradients, "data"))
+
+
+def identity(bucket: Bucket) -> Bucket:
+    return bucket
+
+
+def add(
+    config: Config,
+    sums: Sums,
+    weights: list[Bucket],
+    batch: Batch,
+    arrive: Exchange | None = None,
+    leave: Exchange = identity,
+) -> Sums:
+    """The sums with one micro-batch more: forward through the layers, and backward.
+
+    Nothing tells the compiler when a gradient should leave. It would work out all layers first, and
+    then have neither work left to do while gradients travel nor memory for what they are made of.
+    So a layer's backward pass waits until the gradients of the second layer above it have left.
+
+    Args:
+      config: the run.
+      sums: of the micro-batches before.
+      weights: whole; or, with `arrive`, parts.
+      batch: the micro-batch.
+      arrive: makes a bucket of weights whole where a layer uses it.
+      leave: what is done to the sums of a bucket as soon as they are known, and kept.
+    """
+    below, *layers, above = weights
+    sums_below, *sums_layers, sums_above = sums.gradients
+    tokens_BT = batch.tokens_BS[:, :-1]
+    documents = segment_ids(tokens_BT) if config.data.mask_documents else None
+
+    # Forward.
+    embed = functools.partial(embed_tokens, tokens_BT, arrive)
+    x_BTD, back_embed = jax.vjp(embed, below)
+    tape = Tape(config.model, arrive)
+    x_BTD = llama.through_blocks(config.model, layers, x_BTD, documents, config.execution, tape.run)
+
+    # Backward, from the head down.
+    loss, targets, dx_BTD, sums_above = head_and_back(
+        config.model, above, x_BTD, batch, sums_above, arrive
+    )
+    left = [leave(sums_above)]
+    for back, sums_layer in zip(reversed(tape.back), reversed(sums_layers), strict=True):
+        dx_BTD, gradients = back(dx_BTD)
+        sums_layer = plus(sums_layer, gradients)
+        dx_BTD, left[-1] = jax.lax.optimization_barrier((dx_BTD, left[-1]))
+        left.append(leave(sums_layer))
+    left.append(leave(plus(sums_below, *back_embed(dx_BTD))))
+    return Sums(sums.loss + loss, sums.targets + targets, left[::-1])
+
+
+def embed_tokens(tokens_BT: jax.Array, arrive: Exchange | None, below: Bucket) -> jax.Array:
+    """The residual stream below the first layer, (B, T, D)."""
+    below = arrive(below) if arrive else below
+    return embedding(below["embedding_VD"], tokens_BT)
+
+
+@dataclasses.dataclass
+class Tape:
+    """Runs layers, and notes the backward pass of each."""
+
+    model: LlamaConfig
+    arrive: Exchange | None
+    back: list[Callable[[jax.Array], tuple[jax.Array, Bucket]]] = dataclasses.field(
+        default_factory=list
+    )
+    """Gradient of the stream above a layer -> that of the stream below, and of the layer's bucket,
+    in the order in which the layers ran."""
+
+    def run(
+        self,
+        bucket: Bucket,
+        x_BTD: jax.Array,
+        rope: llama.Rope,
+        segment_ids_BT: jax.Array | None,
+        execution: ExecutionConfig,
+    ) -> jax.Array:
+        """The stream above a layer."""
+        how = functools.partial(run_layer, self.model, rope, segment_ids_BT)
+        if self.arrive is not None:
+            x_BTD, back = jax.vjp(checkpointed(how, execution, self.arrive), x_BTD, bucket)
+        elif execution.recompute == "layers":
+            forward = functools.partial(how, execution)
+            back = functools.partial(run_again_and_back, forward, x_BTD, bucket)
+            x_BTD = forward(x_BTD, bucket)
+        else:
+            # By weights in fp32 their gradients are products in fp32, which XLA adds onto the sums
+            # where these lie. It sees, too, that the weights were widened only to be narrowed
+            # again for their products, and converts nothing.
+            x_BTD, back = jax.vjp(functools.partial(how, execution), x_BTD, fp32(bucket))
+        self.back.append(back)
+        return x_BTD
+
+
+def run_layer(
+    model: LlamaConfig,
+    rope: llama.Rope,
+    segment_ids_BT: jax.Array | None,
+    execution: ExecutionConfig,
+    x_BTD: jax.Array,
+    weights: Bucket,
+) -> jax.Array:
+    """The stream above a layer, from that below it and the layer's whole weights."""
+    return llama.make_block(model, weights)(x_BTD, rope, segment_ids_BT, execution)
+
+
+def run_again_and_back(
+    forward: Callable[[jax.Array, Bucket], jax.Array],
+    x_BTD: jax.Array,
+    weights: Bucket,
+    dx_BTD: jax.Array,
+) -> tuple[jax.Array, Bucket]:
+    """The backward pass of a layer that kept nothing but its input: it runs forward once more."""
+    # Without the barrier the compiler sees that it has computed this before, and keeps it.
+    x_BTD, dx_BTD = jax.lax.optimization_barrier((x_BTD, dx_BTD))
+    return jax.vjp(forward, x_BTD, fp32(weights))[1](dx_BTD)
+
+
+def checkpointed(
+    how: Callable[..., jax.Array], execution: ExecutionConfig, arrive: Exchange
+) -> Callable[[jax.Array, Bucket], jax.Array]:
+    """A layer that gathers its weights, and gathers them again for its backward pass.
+
+    `jax.checkpoint` says what is kept for the layer as a whole, so that the layer itself keeps
+    whatever it likes.
+    """
+    inside = ExecutionConfig(attention=execution.attention)
+    policy = llama.keep_matrix_products if execution.recompute == "elementwise" else None
+    return jax.checkpoint(
+        lambda x_BTD, part: how(inside, x_BTD, arrive(part)),
+        policy=policy,
+    )
+
+
+def head_and_back(
+    model: LlamaConfig,
+    above: Bucket,
+    x_BTD: jax.Array,
+    batch: Batch,
+    sums: Bucket,
+    arrive: Exchange | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Bucket]:
+    """What `llama.head_gradients` gives, with the head in its bucket."""
+    if arrive is None:
+        *top, dhead_DV = llama.head_gradients(
+            model, above["head_DV"], x_BTD, *batch, sums["head_DV"]
+        )
+        return *top, {"head_DV": dhead_DV}
+    whole, back = jax.vjp(arrive, above)
+    none_DV = jnp.zeros(whole["head_DV"].shape, jnp.float32)
+    *top, dhead_DV = llama.head_gradients(model, whole["head_DV"], x_BTD, *batch, none_DV)
+    (gradients,) = back({"head_DV": dhead_DV.astype(whole["head_DV"].dtype)})
+    return *top, plus(sums, gradients)
+
+
+def over(batches: Batch, sums: Sums, add: Callable[[Sums, Batch], Sums]) -> Sums:
     """Adds each micro-batch in turn, in a loop that is compiled once."""
     return jax.lax.scan(lambda sums, batch: (add(sums, batch), None), sums, batches)[0]
 
 
-def _fp32(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+def no_sums(weights: list[Bucket]) -> Sums:
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    return Sums(jnp.zeros(()), jnp.zeros(()), zeros)
 
 
-def _sum(sums: Bucket, grads: Bucket) -> Bucket:
-    return jax.tree.map(jnp.add, sums, _fp32(grads))
+def plus(sums: Bucket, gradients: Bucket) -> Bucket:
+    return jax.tree.map(jnp.add, sums, fp32(gradients))
 
 
-def _identity(bucket: Bucket) -> Bucket:
-    return bucket
+def fp32(bucket: Bucket) -> Bucket:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), bucket)
 
 
-def _split(weights: Weights) -> list[Bucket]:
-    """The embedding, each layer, and what stands above them."""
+def split(weights: Weights) -> list[Bucket]:
+    """Folded weights as buckets: the embedding, each layer, and the head."""
     layers = llama.unstack(weights["blocks"])
-    above = {name: w for name, w in weights.items() if name not in ("blocks", "embedding_VD")}
-    return [{"embedding_VD": weights["embedding_VD"]}, *layers, above]
+    return [
+        {"embedding_VD": weights["embedding_VD"]},
+        *layers,
+        {"head_DV": weights["head_DV"]},
+    ]
 
 
-def _join(buckets: list[Bucket]) -> Weights:
-    """What `_split` has split."""
+def join(buckets: list[Bucket]) -> Weights:
+    """The weights, or gradients of weights, that `split` has split."""
     below, *layers, above = buckets
     blocks = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
     return below | {"blocks": blocks} | above
 
 
-def _with_joined(sums: Sums) -> Sums:
-    losses, count, grads = sums
-    return losses, count, _join(grads)
-
-
-def _gather_one(name: str, part: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(part, "fsdp", axis=gather_axis(name, part.ndim), tiled=True)
-
-
-def _gather(parts: Bucket) -> Bucket:
+def gather(parts: Bucket) -> Bucket:
     """The whole weights of which this device holds parts, by one all-gather."""
     # The axis that is split comes first, so that the parts of a weight stand one after the other.
     leading = {name: jnp.moveaxis(p, gather_axis(name, p.ndim), 0) for name, p in parts.items()}
@@ -226,9 +324,14 @@ def _gather(parts: Bucket) -> Bucket:
     return weights
 
 
-def _scatter(grads: Bucket, devices: int) -> Bucket:
-    """This device's parts of the gradients' sums over all devices, by one reduce-scatter."""
-    leading = {name: jnp.moveaxis(g, gather_axis(name, g.ndim), 0) for name, g in grads.items()}
+def scatter(gradients: Bucket, devices: int) -> Bucket:
+    """This device's parts of the gradients' sums over all devices, by one reduce-scatter.
+
+    Args:
+      gradients: whole, of this device's rows.
+      devices: how many share one set of weights. Groups of them add theirs up by an all-reduce.
+    """
+    leading = {name: jnp.moveaxis(g, gather_axis(name, g.ndim), 0) for name, g in gradients.items()}
     rows = jnp.concatenate([g.reshape(devices, -1) for g in leading.values()], axis=1)
     flat = jax.lax.psum(jax.lax.psum_scatter(rows, "fsdp"), "data")
     parts, start = {}, 0

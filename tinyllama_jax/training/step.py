@@ -1,5 +1,6 @@
 """One optimizer step, and the state it moves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,14 +35,17 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
 
 
 def check_attention(config: Config, mesh: Mesh) -> None:
-    """Raises UserError if the backend that the config names cannot do what the run needs of it."""
+    """Raises UserError if the attention backend that the config names cannot do what the run needs.
+
+    It asks the devices of the mesh; `check_attention_on` asks a chip by name.
+    """
     with jax.set_mesh(mesh):
         chip = device_chip()
     check_attention_on(config, chip, compute_dtype(config, mesh))
 
 
 def check_attention_on(config: Config, chip: str, dtype: jnp.dtype) -> None:
-    """The same for a chip by its name in `CHIPS`, or `cpu`."""
+    """`check_attention` for a chip that need not be here, by its name in `CHIPS`, or `cpu`."""
     backend = config.execution.attention
     if backend == "auto":
         return
@@ -85,53 +89,75 @@ def init_state(config: Config, mesh: Mesh) -> State:
     return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
 
 
+def step(
+    state: State,
+    tokens_ABS: jax.Array,
+    loss_weights_ABT: jax.Array,
+    *,
+    gradients: Callable[[llama.Weights, jax.Array, jax.Array], tuple[jax.Array, llama.Weights]],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step: loss -> gradients -> update -> metrics.
+
+    A step whose loss or gradient is not finite leaves weights and optimizer as they were.
+
+    Args:
+      state: see `State`.
+      tokens_ABS: A micro-batches of B rows of S = T + 1 tokens.
+      loss_weights_ABT: how much each of the targets tokens_ABS[..., 1:] counts.
+      gradients: what `make_gradients` returns.
+      optimizer: what `make_optimizer` returns.
+      schedule: the learning rate by updates made.
+
+    Returns:
+      The new state, and metrics: `train/loss` in nats a token, `train/grad_norm` before clipping,
+      `train/lr`, and the counters of skipped steps.
+    """
+    weights = state["weights"]
+    loss, grads = gradients(weights, tokens_ABS, loss_weights_ABT)
+    with jax.named_scope(OPTIMIZER_SCOPE):
+        grad_norm = optax.tree.norm(grads)
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], weights)
+        updated = optax.apply_updates(weights, updates), optimizer_state
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new_weights, new_optimizer = jax.tree.map(
+            lambda old, new: jnp.where(finite, new, old), (weights, state["optimizer"]), updated
+        )
+    skipped = state["skipped"] + ~finite
+    skipped_in_a_row = jnp.where(finite, 0, state["skipped_in_a_row"] + 1)
+    new_state = {
+        "weights": new_weights,
+        "optimizer": new_optimizer,
+        "step": state["step"] + 1,
+        "skipped": skipped,
+        "skipped_in_a_row": skipped_in_a_row,
+    }
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": schedule(state["step"] - state["skipped"]),
+        "train/skipped": skipped,
+        "train/skipped_in_a_row": skipped_in_a_row,
+    }
+    return new_state, metrics
+
+
 def make_step(
     config: Config, mesh: Mesh
 ) -> Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """The compiled `step(state, tokens_ABS, weights_ABT) -> (state, metrics)`.
-
-    A counts micro-batches, B rows, S = T + 1. The state is donated. Weights are the loss weights of
-    the targets tokens[..., 1:]. Metrics: `train/loss` in nats a token, `train/grad_norm` before
-    clipping, `train/lr`, and the counters. A step whose loss or gradient is not finite leaves
-    weights and optimizer as they were.
-    """
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = make_schedule(config.optimizer, config.steps)
-    gradients = make_gradients(config, mesh, compute_dtype(config, mesh))
-
-    def step(state: State, tokens_ABS, weights_ABT):
-        loss, grads = gradients(state["weights"], tokens_ABS, weights_ABT)
-        with jax.named_scope(OPTIMIZER_SCOPE):
-            grad_norm = optax.tree.norm(grads)
-            updates, new_optimizer = optimizer.update(grads, state["optimizer"], state["weights"])
-            new_weights = optax.apply_updates(state["weights"], updates)
-
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            old, new = (state["weights"], state["optimizer"]), (new_weights, new_optimizer)
-            kept_weights, kept_optimizer = jax.tree.map(
-                lambda a, b: jnp.where(finite, b, a), old, new
-            )
-        skipped = state["skipped"] + ~finite
-        new_state = {
-            "weights": kept_weights,
-            "optimizer": kept_optimizer,
-            "step": state["step"] + 1,
-            "skipped": skipped,
-            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
-        }
-        metrics = {
-            "train/loss": loss,
-            "train/grad_norm": grad_norm,
-            "train/lr": schedule(state["step"] - state["skipped"]),
-            "train/skipped": skipped,
-            "train/skipped_in_a_row": new_state["skipped_in_a_row"],
-        }
-        return new_state, metrics
-
+    """`step(state, tokens_ABS, loss_weights_ABT)` of a run, compiled; it donates the state."""
+    bound = functools.partial(
+        step,
+        gradients=make_gradients(config, mesh, compute_dtype(config, mesh)),
+        optimizer=make_optimizer(config.optimizer, config.steps),
+        schedule=make_schedule(config.optimizer, config.steps),
+    )
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     rows = batch_sharding(mesh, rows_axis=1)
     return jax.jit(
-        step,
+        bound,
         in_shardings=(state_shardings, rows, rows),
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
