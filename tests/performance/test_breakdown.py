@@ -163,7 +163,7 @@ def test_every_product_and_kernel_of_the_step_for_an_h100_is_found(backend):
         steps=10_000,
         batch_rows=8,
         micro_batches=2,
-        execution=ExecutionConfig(attention=backend, recompute="elementwise", unroll_layers=True),
+        execution=ExecutionConfig(attention=backend, recompute="elementwise"),
     )
     mesh = make_mesh(devices=absent_devices(H100))
     compiled = lower_step(config, mesh).compile(compiler_options=OPTIMISED)

@@ -37,8 +37,8 @@ from tinyllama_jax.training import loop
 me = int(sys.argv[sys.argv.index("--process-id") + 1])
 batches = loop.batches_after
 
-def patched(config, rows, order, first_step):
-    for step, batch in enumerate(batches(config, rows, order, first_step), first_step + 1):
+def patched(first_step, config, inputs):
+    for step, batch in enumerate(batches(first_step, config, inputs), first_step + 1):
         if step == {step}:
             {fault}
         yield batch
