@@ -2,9 +2,13 @@
 
 Run:     make train
          (which ends in: tinyllama train configs/demo.py)
-Reads:   data/demo, written by `tinyllama prepare stdlib`
+         tinyllama train configs/demo.py:own_text    # the same model on text of your own
+Reads:   data/demo, written by `tinyllama prepare stdlib`; own_text reads data/own and its tokenizer,
+         written by `tinyllama tokenizer` and `tinyllama prepare files`
 Expect:  the README's table "What the demo reaches"
 """
+
+import dataclasses
 
 from tinyllama_jax.config import (
     DEMO,
@@ -38,4 +42,15 @@ def get_config() -> Config:
         checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
         validation=ValidationConfig(every=150, rows=32),
         sample=SampleConfig(every=150, prompts=("The", "def"), max_tokens=48),
+    )
+
+
+def own_text() -> Config:
+    """The demo's model and recipe on one dataset of your own."""
+    demo = get_config()
+    return dataclasses.replace(
+        demo,
+        run_folder="runs/own",
+        data=DataConfig(sources=(SourceConfig("own", "data/own"),), tokenizer="data/own.model"),
+        sample=dataclasses.replace(demo.sample, prompts=("The",)),
     )
