@@ -4,7 +4,7 @@ Run:     make train
          (which ends in: tinyllama train configs/demo.py)
          tinyllama train configs/demo.py:own_text    # the same model on text of your own
 Reads:   data/demo, written by `tinyllama prepare stdlib`; own_text reads data/own, by
-         written by `tinyllama tokenizer` and `tinyllama prepare files`
+         `tinyllama prepare files`, and data/own.model, by `tinyllama tokenizer`
 Expect:  the README's table "What the demo reaches"
 """
 

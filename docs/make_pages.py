@@ -1,23 +1,25 @@
-"""Writes docs/options.md from the dataclasses of tinyllama_jax/config.py.
+"""Writes what follows from other files: docs/options.md from config.py, and the index of LOG.md.
 
-    python docs/make_options.py
+    python docs/make_pages.py
 
-A test writes the page again and compares, so that the page is never behind the code.
+tests/test_docs.py makes both again and compares, so that neither is ever behind its source.
 """
 
 import ast
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 
 from tinyllama_jax.config import CHANGEABLE, Config, Launch
 
-PAGE = Path(__file__).with_name("options.md")
+ROOT = Path(__file__).parents[1]
+OPTIONS, LOG = ROOT / "docs/options.md", ROOT / "LOG.md"
 HEAD = """\
 # Which options does a training run have?
 
-<!-- Written by docs/make_options.py from tinyllama_jax/config.py: edit the docstrings there. -->
+<!-- Written by docs/make_pages.py from tinyllama_jax/config.py: edit the docstrings there. -->
 
 Every option stands in a config file (`configs/*.py`, which builds the dataclasses below) and can be
 replaced on the command line: `--optimizer.peak-lr 1e-3` replaces `peak_lr` of the config's
@@ -104,8 +106,8 @@ def section(cls: type, prefix: str, title: str, text: str = "") -> list[str]:
     return lines
 
 
-def page() -> str:
-    """The whole page, as Markdown."""
+def options_page() -> str:
+    """The whole page of options, as Markdown."""
     changeable = ", ".join(f"`{name}`" for name in CHANGEABLE)
     lines = HEAD.format(changeable=changeable).splitlines()
     lines += ["", *section(Config, "", "The run itself")]
@@ -113,5 +115,22 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def anchor(heading: str) -> str:
+    """The name under which GitHub links to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def indexed_log(log: str) -> str:
+    """LOG.md with an index before its first entry, in place of the one that it may have."""
+    head, first, entries = log.partition("\n## ")
+    head = head.partition("\n- 20")[0]
+    days: dict[str, list[str]] = {}
+    for date, title in re.findall(r"^## (\S+): (.+)$", first + entries, re.MULTILINE):
+        days.setdefault(date, []).append(f"[{title}](#{anchor(f'{date}: {title}')})")
+    index = "".join(f"- {date}:\n  " + ";\n  ".join(links) + "\n" for date, links in days.items())
+    return f"{head.rstrip()}\n\n{index}{first}{entries}"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    OPTIONS.write_text(options_page())
+    LOG.write_text(indexed_log(LOG.read_text()))
