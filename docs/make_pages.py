@@ -31,7 +31,8 @@ anything is computed. [performance.md](performance.md) explains `--profile`, the
 `train` that is no part of a config.
 
 A run that goes on in its folder must have the options that it began with, because all others
-decide numbers that it has already made. It may change only these: {changeable}.
+decide numbers that it has already made. It may change only these:
+{changeable}.
 """
 LAUNCH = """\
 They say where a run is computed and are never part of its config. They follow the config on the
