@@ -21,8 +21,8 @@
 # a100_16` prints the same. The run is that of TinyLlama 1.1B.
 #
 # Every number on this page follows from formulas, and every time is a range. Its slow end is the
-# speed of a run of this model that was measured: the original's on A100s, this project's on one H100.
-# Its fast end is a roofline, the least time that the card's units allow.
+# speed of a run of this model that was measured: the original's on A100s, this project's on one
+# H100. Its fast end is a roofline, the least time that the card's units allow.
 
 # %%
 import itertools
@@ -81,9 +81,9 @@ Console(width=90, force_jupyter=False, color_system=None).print(render(original)
 # ## What fits on which card
 #
 # Each bar is one GPU alone, which holds all weights and optimizer state itself; with more GPUs the
-# blue parts shrink, because the state is divided. For each card and each choice of what the backward
-# pass computes again, the bar shows the largest number of rows, a power of two, that fits. The dashed
-# line is what a step may use: nine tenths of the card, less 1.5 GiB for NCCL and cuBLAS.
+# blue parts shrink, because the state is divided. For each card and each choice of what the
+# backward pass computes again, the bar shows the largest number of rows, a power of two, that fits.
+# The dashed line is what a step may use: nine tenths of the card, less 1.5 GiB for NCCL and cuBLAS.
 
 # %%
 GIB = 2**30
@@ -130,8 +130,8 @@ plt.show()
 # ## Days and dollars against chips
 #
 # A bar reaches from the roofline at its left end to the speed of a measured run at its right end.
-# More GPUs shorten the run and make it a little dearer, because a step waits as long for the network
-# and has less work to do meanwhile. The prices are the made-up ones above.
+# More GPUs shorten the run and make it a little dearer, because a step waits as long for the
+# network and has less work to do meanwhile. The prices are the made-up ones above.
 
 # %%
 COLORS = {"a100": "#2e86ab", "a100_80g": "#1f4e79", "h100": "#f2a65a", "h200": "#b03a2e"}

@@ -15,8 +15,8 @@
 # # To PyTorch and back
 #
 # A model that is trained here is exported, opened by `transformers` in PyTorch, and compared on
-# both sides: are the logits equal, are the texts equal, and what do both sides hold while they write?
-# Nothing is downloaded, and it takes less than a minute on two CPU cores.
+# both sides: are the logits equal, are the texts equal, and what do both sides hold while they
+# write? Nothing is downloaded, and it takes less than a minute on two CPU cores.
 
 # %%
 import tempfile
