@@ -2,9 +2,7 @@
 
 Run:     make train
          (which ends in: tinyllama train configs/demo.py)
-         tinyllama train configs/demo.py:own_text    # the same model on text of your own
-Reads:   data/demo, written by `tinyllama prepare stdlib`; own_text reads data/own, by
-         `tinyllama prepare files`, and data/own.model, by `tinyllama tokenizer`
+Reads:   data/demo, written by `tinyllama prepare stdlib`
 Expect:  the README's table "What the demo reaches"
 """
 
@@ -46,7 +44,10 @@ def get_config() -> Config:
 
 
 def own_text() -> Config:
-    """The demo's model and recipe on one dataset of your own."""
+    """The demo's model and recipe on text of your own: `tinyllama train configs/demo.py:own_text`.
+
+    It reads data/own and data/own.model, which docs/data.md says how to make.
+    """
     demo = get_config()
     return dataclasses.replace(
         demo,

@@ -16,13 +16,12 @@
 # %% [markdown]
 # # Plan a run before renting a GPU
 #
-# How much memory does a step take, how many rows fit into it, and how many days and dollars do 3
-# trillion tokens take? `plan` answers for GPUs that are not here, and `tinyllama plan CONFIG --mesh
-# a100_16` prints the same. The run is that of TinyLlama 1.1B.
+# How much memory does a step take, how many rows fit, how many days and dollars is 3 trillion
+# tokens? `plan` answers for GPUs that are not here; `tinyllama plan CONFIG --mesh a100_16` prints
+# the same. The run is TinyLlama 1.1B's.
 #
-# Every number on this page follows from formulas, and every time is a range. Its slow end is the
-# speed of a run of this model that was measured: the original's on A100s, this project's on one
-# H100. Its fast end is a roofline, the least time that the card's units allow.
+# Nothing on this page was measured on a GPU. Every number follows from formulas, and every time is
+# a range: from what published systems reach to what the card's units allow.
 
 # %%
 import itertools
@@ -80,10 +79,10 @@ Console(width=90, force_jupyter=False, color_system=None).print(render(original)
 # %% [markdown]
 # ## What fits on which card
 #
-# Each bar is one GPU alone, which holds all weights and optimizer state itself; with more GPUs the
-# blue parts shrink, because the state is divided. For each card and each choice of what the
-# backward pass computes again, the bar shows the largest number of rows, a power of two, that fits.
-# The dashed line is what a step may use: nine tenths of the card, less 1.5 GiB for NCCL and cuBLAS.
+# One GPU alone, which holds all weights and optimizer state itself; with more of them, what is blue
+# shrinks. For each card and each choice of what the backward pass computes again, the largest power
+# of two of rows that fits. The dashed line is what a step may use: nine tenths of the card, less
+# 1.5 GiB for NCCL and cuBLAS.
 
 # %%
 GIB = 2**30
@@ -129,9 +128,9 @@ plt.show()
 # %% [markdown]
 # ## Days and dollars against chips
 #
-# A bar reaches from the roofline at its left end to the speed of a measured run at its right end.
-# More GPUs shorten the run and make it a little dearer, because a step waits as long for the
-# network and has less work to do meanwhile. The prices are the made-up ones above.
+# From the left end of a bar, the roofline, to its right end, what published systems of this size
+# reached. More GPUs shorten the run and make it a little dearer, because a step waits as long for
+# the network and has less work to do. The prices are the made-up ones above.
 
 # %%
 COLORS = {"a100": "#2e86ab", "a100_80g": "#1f4e79", "h100": "#f2a65a", "h200": "#b03a2e"}
@@ -158,10 +157,9 @@ plt.show()
 # ## Days and dollars against the micro-batch
 #
 # With `gather="step"` weights cross the network once a step, whatever the micro-batch. With
-# `gather="layer"`, which larger models need, they cross it for every micro-batch, so that a run of
-# small ones mostly waits for the network. The picture is for sixteen A100-80GB in two machines that
-# are joined by 400 or 100 Gb/s, at the fast end of the range, if nothing of the network were hidden
-# behind other work.
+# `gather="layer"`, which larger models need, they cross it for every micro-batch, so small ones
+# drown in it. Sixteen A100-80GB in two nodes, joined by 400 or 100 Gb/s, the fast end of the range,
+# and nothing of the network hidden behind other work.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 4.5), dpi=110, layout="constrained")

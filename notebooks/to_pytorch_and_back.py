@@ -14,9 +14,9 @@
 # %% [markdown]
 # # To PyTorch and back
 #
-# A model that is trained here is exported, opened by `transformers` in PyTorch, and compared on
-# both sides: are the logits equal, are the texts equal, and what do both sides hold while they
-# write? Nothing is downloaded, and it takes less than a minute on two CPU cores.
+# A model that was made here is exported, opened by `transformers` in PyTorch, and asked the same
+# questions on both sides: are the logits equal, are the texts, and what is behind a token? Nothing
+# is downloaded, and it takes less than a minute on two CPU cores.
 
 # %%
 import tempfile
@@ -95,8 +95,8 @@ weights = state["weights"]
 # %% [markdown]
 # ## To PyTorch
 #
-# One call writes the folder, and `transformers` opens it without any code of this project. The
-# logits of a sentence then agree as closely as fp32 allows.
+# One call writes the folder; `transformers` opens it without a line of ours. The logits of a
+# sentence then agree as far as fp32 goes.
 
 # %%
 huggingface.export(weights, model, folder / "tokenizer.model", folder / "export")
@@ -117,9 +117,8 @@ print(f"largest difference of a logit: {np.abs(ours_TV - theirs_TV).max():.1e}")
 # %% [markdown]
 # ## The same text on both sides
 #
-# Both sides continue the beginnings of three rows of the batch, of unequal length, by the 60
-# likeliest tokens. This project continues the three together, each as if it were alone; PyTorch
-# continues one at a time.
+# Greedy, 60 tokens after the beginnings of three rows of the batch, of unequal length. Ours are
+# continued together, each as if it were alone; PyTorch continues one at a time.
 
 # %%
 prompts = [tokens[0, row, :length].tolist() for row, length in enumerate((6, 12, 24))]
