@@ -69,8 +69,6 @@ def shown(field: dataclasses.Field) -> str:
     """The default as it would be written in a config file."""
     if field.default is dataclasses.MISSING:
         return "none: the config sets it"
-    if field.default is None:
-        return "not set"
     return f"`{field.default!r}`".replace("'", '"')
 
 

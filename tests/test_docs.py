@@ -324,7 +324,7 @@ def table(page: Path, columns: int) -> dict[str, list[str]]:
         for label in table(page, 3)
         if label in MEASURED
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_the_speed_of_a_system_is_what_was_measured(page, label):
     speed, share, gib = table(page, 3)[label]
@@ -373,6 +373,23 @@ def test_the_parts_of_a_step_are_those_of_its_trace(label, kind):
         f"{part['seconds'] / found['step_seconds']:.1%}",
         f"{1e3 * least:,.2f}" if least else "",
     ]
+
+
+QUOTED = [
+    ("performance.md", "2026-11-25-generation-cpu.md", "5.38 1.71 1.59 1.58"),
+    ("performance.md", "2026-11-25-training-demo-cpu.md", "1.12"),
+    ("performance.md", "2026-11-27-ceilings-NVIDIA-H100-80GB-HBM3.md", "697 731"),
+    ("data.md", "data-2026-11-24-120mb.md", "3.04 3.51 2.81 3.26 22.7 32.7"),
+]
+
+
+@pytest.mark.parametrize(("page", "file", "numbers"), QUOTED, ids=lambda value: value)
+def test_a_number_that_is_quoted_stands_in_its_table(page, file, numbers):
+    text = (ROOT / "docs" / page).read_text()
+    assert f"../benchmarks/results/{file}" in text
+    for number in numbers.split():
+        for where in (text, (RESULTS / file).read_text()):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", where), number
 
 
 def test_the_curve_is_of_the_run_in_the_table():
