@@ -6,6 +6,8 @@ Reads:   data/demo, written by `tinyllama prepare stdlib`
 Expect:  the README's table "What the demo reaches"
 """
 
+import dataclasses
+
 from tinyllama_jax.config import (
     DEMO,
     CheckpointConfig,
@@ -36,4 +38,18 @@ def get_config() -> Config:
         checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
         validation=ValidationConfig(every=150, rows=32),
         sample=SampleConfig(every=150, prompts=("The", "def"), max_tokens=48),
+    )
+
+
+def own_text() -> Config:
+    """The demo's model and recipe on text of your own: `tinyllama train configs/demo.py:own_text`.
+
+    It reads data/own and data/own.model, which docs/data.md says how to make.
+    """
+    demo = get_config()
+    return dataclasses.replace(
+        demo,
+        run_folder="runs/own",
+        data=DataConfig(sources=(SourceConfig("own", "data/own"),), tokenizer="data/own.model"),
+        sample=dataclasses.replace(demo.sample, prompts=("The",)),
     )
