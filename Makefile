@@ -88,4 +88,4 @@ $(VENV)-card/installed: benchmarks/card_requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf $(VENV)-card data/demo runs/demo
+	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf $(VENV)-card build data/demo runs/demo

@@ -21,7 +21,7 @@ from tinyllama_jax.config import (
     differences,
     to_json,
 )
-from tinyllama_jax.config_file import load_config, model_of_run, with_defaults
+from tinyllama_jax.config_file import installed_configs, load_config, model_of_run, with_defaults
 from tinyllama_jax.errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -171,6 +171,18 @@ def test_a_variant_is_a_function_of_its_config_file(config, tmp_path):
         load_config(f"{file}:shorter")
     with pytest.raises(UserError, match="no config file 'nowhere.py'"):
         load_config("nowhere.py:longer")
+
+
+def test_a_config_that_comes_with_the_package_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert installed_configs() == [path.stem for path in CONFIGS]
+    assert load_config("demo") == load_config(str(ROOT / "configs" / "demo.py"))
+    variant = load_config("tinyllama_v1_1:chinese")
+    assert variant == load_config(f"{ROOT / 'configs' / 'tinyllama_v1_1.py'}:chinese")
+    assert variant != load_config("tinyllama_v1_1")
+    (tmp_path / "demo").write_text("def get_config():\n    return 3")  # a file comes first
+    with pytest.raises(UserError, match="gives no Config"):
+        load_config("demo")
 
 
 @pytest.mark.parametrize("text", ["x = 1", "def get_config():\n    return 3"])

@@ -1,4 +1,4 @@
-"""Configs on disk: the files of configs/, and the config.json of a run."""
+"""Configs on disk: Python files such as those of configs/, and the config.json of a run."""
 
 import dataclasses
 import json
@@ -10,12 +10,21 @@ from typing import Any
 from tinyllama_jax.config import Config, LlamaConfig
 from tinyllama_jax.errors import UserError, require
 
+# A link to the repository's configs/, which an installation holds as files.
+INSTALLED = Path(__file__).parent / "configs"
+
+
+def installed_configs() -> list[str]:
+    """Names of the configs that come with the package: `demo` for configs/demo.py."""
+    return sorted(path.stem for path in INSTALLED.glob("*.py"))
+
 
 def load_config(path: str) -> Config:
     """Runs a config file and returns what its `get_config()` gives, or the variant's function.
 
     Args:
-      path: `FILE`, or `FILE:FUNCTION` for a variant.
+      path: `FILE`, or `FILE:FUNCTION` for a variant. Where there is no such file, FILE may be a
+        name of `installed_configs`.
 
     Raises:
       UserError: no such file, one that does not run, or no such function in it.
@@ -23,7 +32,13 @@ def load_config(path: str) -> Config:
     name = "get_config"
     if not Path(path).is_file() and ":" in path:
         path, _, name = path.rpartition(":")
-    require(Path(path).is_file(), f"There is no config file {path!r}: see configs/.")
+    if not Path(path).is_file() and path in installed_configs():
+        path = str(INSTALLED / f"{path}.py")
+    require(
+        Path(path).is_file(),
+        f"There is no config file {path!r}: give the path of one, or a name that is installed "
+        f"({', '.join(installed_configs())}).",
+    )
     try:
         get_config = runpy.run_path(path).get(name)
         if not callable(get_config):

@@ -2,18 +2,29 @@
 
 import dataclasses
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from support.paths import ROOT
 from support.runs import config_file, exit_code
 from tinyllama_jax.cli import main
+from tinyllama_jax.commands.options import read_options
+from tinyllama_jax.commands.prepare import Corpus, PrepareOptions
+from tinyllama_jax.commands.tokenizer import TokenizerOptions
+from tinyllama_jax.commands.train import require_data
+from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.config_file import load_config
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer
+from tinyllama_jax.errors import UserError
+from tinyllama_jax.preparation.readers import CORPORA
 from tinyllama_jax.training import loop
 
 HERE = __file__
@@ -55,9 +66,62 @@ def test_verify_tells_a_whole_run_and_export_from_damaged_ones(run, tmp_path, ca
 def test_help_names_every_verb(capsys):
     assert exit_code(["--help"]) == 0
     out = capsys.readouterr().out
-    for verb in ("train", "plan", "prepare", "tokenizer", "verify", "convert", "generate"):
-        assert verb in out
+    for verb in ("train", "plan", "prepare", "tokenizer", "verify", "convert", "generate", "eval"):
+        (about,) = re.findall(rf"^  {verb} +(\S.*)$", out, re.MULTILINE)
         assert exit_code([verb, "--help"]) == 0
+        assert about in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_and_version_answer_before_jax_is_imported(capsys):
+    asked = [["--help"], ["--version"], ["train", "--help"], ["convert", "--help"]]
+    code = (
+        "import sys\nfrom tinyllama_jax.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    for argv in asked:
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, (argv, done.stderr)
+    assert exit_code(["--version"]) == 0
+    assert re.fullmatch(r"tinyllama-jax \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_prepare_offers_every_corpus_there_is():
+    assert set(get_args(Corpus)) == set(CORPORA)
+
+
+def test_missing_data_is_told_with_the_command_that_makes_it(data, tmp_path, monkeypatch, capsys):
+    """From an empty folder, what each message says leads to the next."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    for makes in ("data/demo/tokenizer.model", "data/demo/prose", "data/demo/code"):
+        assert exit_code(["train", "demo"]) == 2
+        err = capsys.readouterr().err
+        assert f" at {makes}: " in err
+        commands += re.findall("`tinyllama ([^`]*)`", err)
+        made = tmp_path / makes
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.symlink_to(data.tokenizer if made.suffix else data.sources[0].path)
+    tokenizer, *prepare = [shlex.split(command) for command in commands]
+    made = read_options(TokenizerOptions, *_verb(tokenizer))
+    assert made == TokenizerOptions(("stdlib",), 4096, Path("data/demo/tokenizer.model"))
+    stdlib = PrepareOptions("stdlib", made.out, Path("data/demo"))
+    assert [read_options(PrepareOptions, *_verb(argv)) for argv in prepare] == [stdlib, stdlib]
+    made.out.unlink()
+    made.out.symlink_to(data.tokenizer)
+    for name, corpus in (("fineweb_edu", "fineweb-edu"), ("own", "files")):
+        config = load_config("demo")
+        data_config = dataclasses.replace(config.data, sources=(SourceConfig(name, f"d/{name}"),))
+        with pytest.raises(UserError) as refused:
+            require_data(dataclasses.replace(config, data=data_config))
+        (command,) = re.findall("`tinyllama ([^`]*)`", str(refused.value))
+        assert read_options(PrepareOptions, *_verb(shlex.split(command))) == PrepareOptions(
+            corpus, made.out, Path("d", name), source=Path("FOLDER")
+        )
+
+
+def _verb(argv):
+    return argv[0], argv[1:]
 
 
 @pytest.mark.parametrize(

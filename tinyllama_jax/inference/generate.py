@@ -10,7 +10,6 @@ weights are whole on all of them, so that the devices need nothing from each oth
 Shapes: B rows, T tokens of the longest prompt and its padding, C = CHUNK, V vocabulary.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,31 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import LlamaConfig
 from tinyllama_jax.errors import require
+from tinyllama_jax.inference.sampler import GREEDY, Sampler
 from tinyllama_jax.model import decoding, llama
 from tinyllama_jax.runtime.mesh import BATCH_AXES
 
 CHUNK = 8  # new tokens of a row between two looks at them
 SMALLEST = 32  # sizes are powers of two from here on, so that few programs serve all lengths
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How the next token is chosen; filters apply in this order, as in transformers."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token, else samples from softmax(logits / temperature)."""
-    top_k: int = 0
-    """Only the k likeliest tokens, and all as likely as the last of them; 0: all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability (Holtzman et al. 2019)."""
-
-    def __post_init__(self):
-        require(self.temperature >= 0, "--temperature must not be negative.")
-        require(self.top_k >= 0, "--top-k must not be negative.")
-        require(0 < self.top_p <= 1, "--top-p must be above 0, and 1 at most.")
-
-
-GREEDY = Sampler()
 
 
 def generate(
