@@ -9,9 +9,9 @@ How to run it, on two nodes of eight A100, each with the options --coordinator H
 It reads data/slimpajama. Math and code also reads data/starcoder and data/proof_pile, and Chinese
 also reads data/skypile. All are prepared as configs/tinyllama_1b.py describes.
 
-What to expect: 1,047,307 steps, 2.0000e12 tokens in all, in three stages. Up to 1.5e12 tokens, every
-variant reads the same rows of SlimPajama alone. Up to 1.85e12 tokens it reads the variant's own
-mixture, whose weights are reached by a ramp over the first 6e9 tokens. The last stage, the
+What to expect: 1,047,307 steps, 2.0000e12 tokens in all, in three stages. Up to 1.5e12 tokens,
+every variant reads the same rows of SlimPajama alone. Up to 1.85e12 tokens it reads the variant's
+own mixture, whose weights are reached by a ramp over the first 6e9 tokens. The last stage, the
 cooldown, keeps the mixture and makes batches four times as large.
 
 Stages, weights and batches of about 1.8M and 7.2M tokens are from the v1.1 model cards; 880 rows
