@@ -108,6 +108,8 @@ def open_model(
       UserError: there is nothing at `path` that can be opened, or an argument is given that does
         not belong to this kind of model.
     """
+    # The suffix counts even where there is no file, so that a wrong path to a .pth is reported as a
+    # missing file and not as a missing run.
     if path.suffix in (".pth", ".pt", ".ckpt") or path.is_file():
         require(step is None, f"{path} has no steps: leave --step out.")
         if config_file is None or tokenizer is None:
@@ -212,6 +214,7 @@ def release_names(tokens: dict[int, int]) -> dict[int, str]:
     Returns:
       The names by step.
     """
+    # Below 10,000 steps, rounding to thousands would say little about a checkpoint.
     short = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in tokens}
     names = list(short.values())
     return {

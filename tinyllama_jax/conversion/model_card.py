@@ -98,6 +98,8 @@ def _training(facts: RunFacts) -> str:
     ]
     if facts.origin:
         rows.append(("began with", f"weights of sha256 {facts.origin['sha256']}"))
+    # metrics.jsonl may lack a metric: the run may have been killed before it logged one, or the
+    # file may not have been copied along.
     if loss := facts.last("train/loss"):
         rows.append((f"training loss at step {loss[0]:,}", _number(loss[1])))
     sources = [("source", "tokens read", "share", "held-out loss", "bits a byte", "at step")]

@@ -186,6 +186,7 @@ def _plain(scores: TaskScores) -> Table:
             if metric.endswith("_stderr"):
                 continue
             error = values.get(f"{metric}_stderr", math.nan)
+            # lm-eval knows no standard error for some metrics.
             shown = "" if math.isnan(error) else f"{error:.4f}"
             table.add_row(task, metric, f"{value:.4f}", shown)
     return table
@@ -212,6 +213,7 @@ def write_results(run: Path, step: int, scores: TaskScores, limit: int | None) -
         tasks = steps.setdefault(str(step), {})
         how = {"limit": limit, "lm_eval": version("lm_eval")}
         tasks |= {task: {**values, **how} for task, values in scores.items()}
+    # A file that is valid JSON but has another form fails in one of the lines above.
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{file} is damaged: move it away.") from None
     write_aside(file, json.dumps(steps, indent=2) + "\n")

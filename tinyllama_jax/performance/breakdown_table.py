@@ -62,7 +62,7 @@ def render(breakdown: Breakdown) -> RenderableType:
 def draw(breakdown: Breakdown, path: Path) -> None:
     """Writes a PNG with a bar for the measured time of each kind, and one for its roofline."""
     # Imported here, because the import takes a second that most commands need not wait for. A
-    # Figure of its own, without pyplot, needs no display and leaves global state alone.
+    # Figure made without pyplot needs no display, and is freed when this function returns.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -100,6 +100,7 @@ def draw(breakdown: Breakdown, path: Path) -> None:
 
 def write(breakdown: Breakdown, folder: Path) -> None:
     """Writes breakdown.txt, breakdown.json and breakdown.png into a folder."""
+    # The text has a fixed width, so that it does not depend on the terminal of the run.
     text = io.StringIO()
     Console(file=text, width=80).print(render(breakdown))
     write_aside(folder / "breakdown.txt", text.getvalue())

@@ -113,6 +113,7 @@ def parse_mesh_name(name: str) -> tuple[Target, int]:
     Raises:
       UserError: there is no such card, or more than one node would not be filled completely.
     """
+    # A card's name may hold an underscore itself, so the count is split off at the last one.
     card, _, count = name.rpartition("_")
     devices = int(count) if count.isdecimal() else 0
     require(

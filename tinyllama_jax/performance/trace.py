@@ -125,8 +125,8 @@ class Profiler:
     ) -> Breakdown | None:
         """Stops the trace after the last traced step, and writes it with its breakdown.
 
-        All processes must call this together. A fault is told to the user and not raised: a run of
-        months must not end because of its trace.
+        All processes must call this together. A fault is reported to the user and not raised: a run
+        of months must not end because of its trace.
 
         Args:
           train_step: the jitted step, from `make_step`.

@@ -179,6 +179,7 @@ def plan(
         f"A data axis of {data_axis} does not divide the {devices} devices of {mesh_name}.",
     )
     fsdp = devices // data_axis
+    # A mesh without devices is enough for this check, which therefore needs no compiler.
     check_fits(config, AbstractMesh((data_axis, fsdp), BATCH_AXES))
     sources = _plan_sources(config, tokens or {})
     # A GPU of this kind would choose cuDNN's attention, which no compiler builds without one. Our
@@ -192,6 +193,7 @@ def plan(
     mesh = None
     if compiler:
         try:
+            # The compiler must know which devices share a node: it plans collectives by that.
             hosts = max(1, devices // NODE_DEVICES)
             mesh = make_mesh(data_axis, absent_devices(target, hosts, devices // hosts))
         except CompilerMissing as missing:
@@ -212,6 +214,7 @@ def plan(
         peak = estimated_peak(config, devices, fsdp)
         collectives = _by_construction(config, data_axis, fsdp)
         work = roofline.work_by_formula(config, devices, fsdp)
+    # A run lets JAX allocate this share of a card (runtime/allocator.py), and no more.
     usable = int(CARD_SHARE * target.memory)
 
     def estimate(trial: Config) -> int:
@@ -341,6 +344,8 @@ def _by_construction(config: Config, data_axis: int, fsdp: int) -> list[Collecti
         return Collective(kind, dtype, size, devices, False, 0, 0, times)
 
     collectives = []
+    # Gradients that are summed over micro-batches are fp32 and are sent as such. With
+    # gather="layer" they leave each device after every micro-batch, in the dtype of the products.
     if fsdp > 1 and config.execution.gather == "step":
         collectives += [collective("all-gather", dtype, item * size, fsdp)]
         collectives += [collective("reduce-scatter", "f32", 4 * size, fsdp)]
@@ -359,6 +364,7 @@ def _planned(
 ) -> PlannedCollective:
     """A collective with the times of its runs; `wire` and `exposed` are seconds of one run."""
     facts = dataclasses.asdict(collective)
+    # Without a schedule the values are placeholders, which must not look like measurements.
     if not scheduled:
         facts |= {"asynchronous": None, "overlapped_flops": None, "overlapped_bytes": None}
     runs = collective.times

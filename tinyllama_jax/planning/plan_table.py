@@ -29,7 +29,7 @@ def render(plan: Plan) -> RenderableType:
     }
     shown: list[RenderableType] = []
     for title, table in parts.items():
-        if table.row_count:
+        if table.row_count:  # a single GPU has no network
             shown += [Text(f" {title}", style="bold"), table, ""]
     for note in plan.notes:
         shown.append(_paragraph(Text("note ", style="bold yellow"), note))
