@@ -91,6 +91,7 @@ def tensors(config: LlamaConfig) -> dict[str, Tensor]:
     return table
 
 
+# Our names of the norms' gains, outside the blocks and within a block.
 GAINS = {"norm_D", *llama.SCALED_BY}
 
 

@@ -28,6 +28,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """
 
     def varint() -> int:
+        """The integer at `at`, which has seven bits in each byte, the lowest first."""
         nonlocal at
         value = shift = 0
         while True:
@@ -38,6 +39,8 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     at = 0
     while at < len(message):
+        # The last three bits say how the value is stored: 0 as a varint, 1 in 8 bytes, 2 as bytes
+        # with their length before them, 5 in 4 bytes.
         number, kind = divmod(varint(), 8)
         if kind == 0:
             yield number, varint()

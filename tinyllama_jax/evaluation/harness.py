@@ -94,6 +94,8 @@ def make_scorer(
     """
 
     def score(weights, tokens_BS, counts_BT):
+        # Gains are folded in before weights are rounded, as in training. The constraint gathers the
+        # rounded weights on every device once, instead of wherever the compiler comes to one.
         weights = jax.tree.map(lambda w: w.astype(dtype), llama.fold_gains(weights))
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
         scores_BT, likeliest_BT = llama.next_token_scores(model, weights, tokens_BS, execution)
@@ -108,8 +110,8 @@ class TinyLlamaLM(TemplateLM):
     """A model on a mesh that answers lm-eval's questions.
 
     Each of several processes runs lm-eval by itself, asks the same questions and gets the same
-    answers. lm-eval's own support for several processes would divide the questions among them,
-    where here each question is spread over all devices.
+    answers. lm-eval's own support for several processes would divide the questions among them, but
+    here every batch of questions is spread over all devices.
 
     Texts get no beginning-of-sequence token. There is none in training, and the original's scores
     were measured without one (lm-eval's `hf-causal` model of 2023). lm-eval's `hf` model of today
@@ -153,14 +155,17 @@ class TinyLlamaLM(TemplateLM):
         return BOS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """The tokens of a text, without special ones whatever lm-eval asks for."""
         return self._tokenizer.encode(string)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation, and whether it is the likeliest one."""
         # lm-eval's class turns texts into tokens and calls `_loglikelihood_tokens`. That shows a
         # progress bar of its own.
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, which may be longer than the context."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             (text,) = request.args
@@ -201,6 +206,7 @@ class TinyLlamaLM(TemplateLM):
 
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         for T, B, indices in self._bar(batches, "scoring"):
+            # Padding stands behind a row's tokens, where causal attention does not see it.
             tokens_BS = np.zeros((B, T + 1), np.int32)
             counts_BT = np.zeros((B, T), bool)
             for row, index in enumerate(indices):
@@ -215,6 +221,7 @@ class TinyLlamaLM(TemplateLM):
         return answers
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continues prompts, each as its task wants it."""
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
         weights = for_decoding(weights)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
@@ -275,12 +282,12 @@ def read_generation_options(task: str, given: Mapping[str, Any]) -> GenerationOp
     Raises:
       UserError: an option is not supported here, or transformers would refuse its value.
     """
-    how: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
-    until = tuple(end for end in how.pop("until") if end)
-    max_tokens, do_sample = how.pop("max_gen_toks"), how.pop("do_sample")
-    temperature = float(how.pop("temperature", 0.0))
-    top_k, top_p = how.pop("top_k", None), how.pop("top_p", None)
-    for name, value in how.items():
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
+    until = tuple(end for end in kwargs.pop("until") if end)
+    max_tokens, do_sample = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+    temperature = float(kwargs.pop("temperature", 0.0))
+    top_k, top_p = kwargs.pop("top_k", None), kwargs.pop("top_p", None)
+    for name, value in kwargs.items():
         require(
             name in NEUTRAL and value == NEUTRAL[name],
             f"{task} wants texts with {name} = {value!r}, which is not done here: leave it out.",

@@ -63,7 +63,8 @@ def make_score(
 
     def score(weights, tokens_BS, weights_BT):
         # Gains are folded in before the weights are rounded, as in training, so that each weight is
-        # rounded once and the loss is that of the model as it trains.
+        # rounded once and the loss is that of the model as it trains. The constraint then gathers
+        # the rounded weights on every device, once for a batch.
         weights = jax.tree.map(lambda w: w.astype(dtype), llama.fold_gains(weights))
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
         segment_ids_BT = segment_ids(tokens_BS[:, :-1]) if mask_documents else None

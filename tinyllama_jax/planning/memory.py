@@ -135,6 +135,7 @@ def largest_micro_batches(
         rows = most_rows(
             lambda rows: peak_of(trial(rows)) + sums, known, limit, most, one_row, a_row
         )
+        # `most_rows` has measured the number that it returns, or one row if it returns 0.
         return MicroBatch(recompute, rows, known[max(rows, 1)], rows == most)
 
     choices = list(RECOMPUTE)
