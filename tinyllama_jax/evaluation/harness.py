@@ -147,6 +147,7 @@ class TinyLlamaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a document."""
         return EOS
 
     @property
@@ -158,13 +159,15 @@ class TinyLlamaLM(TemplateLM):
         """The tokens of a text, without special ones whatever lm-eval asks for."""
         return self._tokenizer.encode(string)
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """The log-probability of each continuation, and whether it is the likeliest one."""
         # lm-eval's class turns texts into tokens and calls `_loglikelihood_tokens`. That shows a
         # progress bar of its own.
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each whole text, which may be longer than the context."""
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -183,7 +186,9 @@ class TinyLlamaLM(TemplateLM):
             sums[index] += score
         return sums
 
-    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_
+    ) -> list[tuple[float, bool]]:
         rows = []
         for _, context, continuation in requests:
             require(
@@ -220,7 +225,7 @@ class TinyLlamaLM(TemplateLM):
                 answers[index] = float(sums_B[row]), bool(likeliest_B[row])
         return answers
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues prompts, each as its task wants it."""
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
         weights = for_decoding(weights)

@@ -182,7 +182,7 @@ def plan(
     # A mesh without devices is enough for this check, which therefore needs no compiler.
     check_fits(config, AbstractMesh((data_axis, fsdp), BATCH_AXES))
     sources = _plan_sources(config, tokens or {})
-    # A GPU of this kind would choose cuDNN's attention, which no compiler builds without one. Our
+    # A run on an H100 may choose cuDNN's attention, which no compiler builds without a GPU. Our
     # Pallas kernels compile here and keep arrays of the same shapes, so they stand in for it.
     backend = _attention_backend(config, target)
     config = _with_attention(config, "pallas" if backend == "cudnn" else backend)
