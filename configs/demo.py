@@ -1,9 +1,13 @@
-"""A Llama of 3.2 million parameters on the standard library of the running Python.
+"""Trains a Llama of 3.2 million weights on the standard library of the Python that runs it.
 
-Run:     make train
-         (which ends in: tinyllama train configs/demo.py)
-Reads:   data/demo, written by `tinyllama prepare stdlib`
-Expect:  the README's table "What the demo reaches"
+How to run it: `make train` prepares the data, trains, exports and samples. Training alone is
+    tinyllama train configs/demo.py
+
+It reads data/demo, which `tinyllama prepare stdlib` writes.
+
+What to expect: 400 steps, 819,200 tokens in all, in about 2 minutes on two CPU cores. With Python
+3.11.7 the held-out loss ends at 4.592 on prose and 4.160 on code, in nats per token. Another Python
+is another corpus and gives other losses. The README compares them with simpler models.
 """
 
 import dataclasses
@@ -33,7 +37,9 @@ def get_config() -> Config:
         ),
         steps=400,
         batch_rows=8,
-        micro_batches=2,  # half the rows at a time stay in a laptop's caches
+        # The arrays of half the rows fit into a laptop's caches, which makes two halves faster than
+        # the whole. The gradients are the same.
+        micro_batches=2,
         optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-4, warmup_steps=40),
         checkpoint=CheckpointConfig(every=100, keep=2, permanent_every=200),
         validation=ValidationConfig(every=150, rows=32),

@@ -1,10 +1,14 @@
-"""TinyLlama 120M, the small sibling, on a hundredth of the 3T run's tokens.
+"""Trains TinyLlama 120M, the small sibling, on a hundredth of the 3T run's tokens.
 
-Run:     python launch/a100_8.py configs/tinyllama_120m.py
-Reads:   data/slimpajama and data/starcoder, as configs/tinyllama_1b.py does
-Expect:  14,305 steps of 2,097,152 tokens, 3.0000e10 in all. The model's sizes are the original's
-         (121,129,728 parameters); it published no 120M run, so the length is this project's choice,
-         and the recipe is the 3T run's value taken over. No score was measured.
+How to run it, on a node of eight A100:
+    python launch/a100_8.py configs/tinyllama_120m.py
+
+It reads data/slimpajama and data/starcoder, prepared as configs/tinyllama_1b.py describes.
+
+What to expect: 14,305 steps of 2,097,152 tokens, 3.0000e10 tokens in all. No score was measured.
+
+The model is the original's, with 121,129,728 weights. The original published no run of it, so the
+length is this project's choice, and the rest of the recipe is taken from the 3T run.
 """
 
 from tinyllama_jax.config import (
@@ -33,7 +37,7 @@ def get_config() -> Config:
         ),
         steps=14_305,
         batch_rows=1024,
-        micro_batches=32,  # of 32 rows: 32 on one GPU, 4 on each of 8
+        micro_batches=32,  # each of 32 rows, which are 4 on each of 8 GPUs, or all on a single one
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
         execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=5000),

@@ -1,15 +1,18 @@
-"""TinyLlama 1.1B for code, 8,192 tokens of context: RoPE positions divided by 4.
+"""Trains TinyLlama 1.1B for code further, with 8,192 tokens of context.
 
-Run:     python launch/a100_16.py configs/tinyllama_code_8k.py
-         on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
-         after configs/tinyllama_1b.py, whose newest weights it begins with; from the released
-         ones, give a Hugging Face folder: --init-from data/TinyLlama-1.1B-3T
-Reads:   data/starcoder, as configs/tinyllama_1b.py does; the records of the 3T run serve
-         any context, so nothing is prepared again
-Expect:  5,000 steps of 2,097,152 tokens, 1.0486e10 in all. Model, context and RoPE factor are the
-         original's. Its length, data and learning rate are not known here: the length and code
-         alone are this project's choice, and batch, optimizer, peak and end rate are the 3T run's
-         value taken over. No score was measured.
+How to run it, on two nodes of eight A100, each with the options --coordinator HOST:PORT
+--num-processes 2 --process-id K, where K is 0 on HOST and 1 on the other node:
+    python launch/a100_16.py configs/tinyllama_code_8k.py
+
+It starts with the newest weights of configs/tinyllama_1b.py's run. To start with the released ones,
+give a Hugging Face folder: --init-from data/TinyLlama-1.1B-3T. It reads data/starcoder as prepared
+for the 3T run. The same records serve every context, so nothing is prepared again.
+
+What to expect: 5,000 steps of 2,097,152 tokens, 1.0486e10 tokens in all. No score was measured.
+
+The model is the original's: the context is four times as long, and RoPE's positions are divided by
+4. The original's length, data and learning rate are not known. The length and the choice of code
+alone are this project's; batch, optimizer and learning rate are taken from the 3T run.
 """
 
 from tinyllama_jax.config import (
@@ -35,8 +38,9 @@ def get_config() -> Config:
         ),
         init_from="runs/tinyllama_1b",
         steps=5000,
-        batch_rows=256,  # as many tokens as 1,024 rows of 2,048
-        micro_batches=8,  # of 32 rows: 2 on each of 16 GPUs, as many tokens as 8 of 2,048
+        batch_rows=256,  # as many tokens as the 3T run's 1,024 rows of 2,048
+        # Each is of 32 rows, which are 2 on each of 16 GPUs: as many tokens as 8 rows of 2,048.
+        micro_batches=8,
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=500),
         execution=ExecutionConfig(recompute="elementwise"),
         checkpoint=CheckpointConfig(every=500, permanent_every=1000),

@@ -1,21 +1,25 @@
-"""TinyLlama v1.1 on 2 trillion tokens, in three variants: general, math and code, Chinese.
+"""Trains TinyLlama v1.1 on 2 trillion tokens, in three variants: general, math and code, Chinese.
 
-Run:     python launch/a100_16.py configs/tinyllama_v1_1.py
-         python launch/a100_16.py configs/tinyllama_v1_1.py:math_and_code
-         python launch/a100_16.py configs/tinyllama_v1_1.py:chinese
-         on both nodes with --coordinator HOST:PORT --num-processes 2 --process-id K (0 on HOST)
-Reads:   data/slimpajama; math and code also data/starcoder and data/proof_pile, Chinese also
-         data/skypile; in the format that configs/tinyllama_1b.py says
-Expect:  stage 1, to 1.5e12 tokens: SlimPajama alone, the same rows in every variant. Stage 2, to
-         1.85e12: over its first 6e9 tokens the weights ramp to the variant's own, which stay.
-         Stage 3, cooldown: batches four times as large. 1,047,307 steps, 2.0000e12 tokens.
+How to run it, on two nodes of eight A100, each with the options --coordinator HOST:PORT
+--num-processes 2 --process-id K, where K is 0 on HOST and 1 on the other node:
+    python launch/a100_16.py configs/tinyllama_v1_1.py
+    python launch/a100_16.py configs/tinyllama_v1_1.py:math_and_code
+    python launch/a100_16.py configs/tinyllama_v1_1.py:chinese
 
-Stages, weights and batches of about 1.8M and 7.2M tokens are those of the v1.1 model cards. Taken
-over from the 3T run, because no source gives v1.1's own: warm-up, peak and end rate, the cosine to
-the last step, and the rest of the optimizer. 880 rows are this project's reading of "about 1.8M".
+It reads data/slimpajama. Math and code also reads data/starcoder and data/proof_pile, and Chinese
+also reads data/skypile. All are prepared as configs/tinyllama_1b.py describes.
 
-Published for v1.1 at 2.0T tokens (this code has not trained it): HellaSwag 61.47, OBQA 36.80,
-WinoGrande 59.43, ARC-c 32.68, ARC-e 55.47, BoolQ 55.99, PIQA 73.56, mean 53.63.
+What to expect: 1,047,307 steps, 2.0000e12 tokens in all, in three stages. Up to 1.5e12 tokens,
+every variant reads the same rows of SlimPajama alone. Up to 1.85e12 tokens it reads the variant's
+own mixture, whose weights are reached by a ramp over the first 6e9 tokens. The last stage, the
+cooldown, keeps the mixture and makes batches four times as large.
+
+Stages, weights and batches of about 1.8M and 7.2M tokens are from the v1.1 model cards; 880 rows
+are this project's reading of "about 1.8M". No source gives the rest of v1.1's recipe, so warm-up,
+learning rates, the cosine to the last step and the optimizer are taken from the 3T run.
+
+The original published these scores for v1.1 at 2.0T tokens: HellaSwag 61.47, OBQA 36.80, WinoGrande
+59.43, ARC-c 32.68, ARC-e 55.47, BoolQ 55.99, PIQA 73.56, mean 53.63. This code has not trained it.
 """
 
 from tinyllama_jax.config import (
@@ -36,20 +40,23 @@ COOLDOWN_AFTER = 1_026_500  # the last step before 1.85e12 tokens
 
 
 def get_config() -> Config:
-    """General: SlimPajama throughout."""
+    """The general variant, which reads SlimPajama throughout."""
     return _variant("general", {"slimpajama": 100})
 
 
 def math_and_code() -> Config:
+    """The variant for math and code."""
     return _variant("math_and_code", {"slimpajama": 75, "starcoder": 15, "proof_pile": 10})
 
 
 def chinese() -> Config:
+    """The variant for Chinese."""
     return _variant("chinese", {"slimpajama": 50, "skypile": 50})
 
 
 def _variant(name: str, weights: dict[str, float]) -> Config:
-    """The run that reads SlimPajama first and ends with these weights."""
+    """A run that reads SlimPajama first and ends with these weights of the sources."""
+    # A source of the last mixture has weight 0 before, so that all stages name the same sources.
     basic = {source: 100.0 if source == "slimpajama" else 0.0 for source in weights}
     ramp = StageConfig(
         start_tokens=1_500_000_000_000, weights=tuple(weights.values()), ramp_tokens=6_000_000_000
@@ -64,7 +71,7 @@ def _variant(name: str, weights: dict[str, float]) -> Config:
         ),
         steps=1_047_307,
         batch_rows=880,
-        micro_batches=11,  # of 80 rows: 5 on each of 16 GPUs
+        micro_batches=11,  # each of 80 rows, which are 5 on each of 16 GPUs
         batch_stages=(BatchStageConfig(after_step=COOLDOWN_AFTER, micro_batches=44),),
         optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000),
         execution=ExecutionConfig(recompute="elementwise"),

@@ -16,12 +16,13 @@
 # %% [markdown]
 # # Plan a run before renting a GPU
 #
-# How much memory does a step take, how many rows fit, how many days and dollars is 3 trillion
-# tokens? `plan` answers for GPUs that are not here; `tinyllama plan CONFIG --mesh a100_16` prints
-# the same. The run is TinyLlama 1.1B's.
+# How much memory does a step take, how many rows fit, and how many days and dollars do 3 trillion
+# tokens cost? The function `plan` answers these questions for GPUs that are not here. The command
+# `tinyllama plan CONFIG --mesh a100_16` prints the same. The run on this page is TinyLlama 1.1B's.
 #
-# Nothing on this page was measured on a GPU. Every number follows from formulas, and every time is
-# a range: from what published systems reach to what the card's units allow.
+# Nothing on this page was measured while it ran. Memory follows from formulas. Every time is a
+# range: its fast end is the least time that the card's measured speeds allow, and its slow end
+# falls as far behind that as a real training run on such a card did.
 
 # %%
 import itertools
@@ -36,10 +37,11 @@ from tinyllama_jax.planning.plan_table import render
 
 # %matplotlib inline
 
-# True compiles every step for its card: exact memory and the real schedule of the network, at half
-# a minute and more a plan. It needs JAX's CUDA plugin (pip install -e '.[plan]'), and no GPU.
+# True compiles every step for its card, which gives exact memory and the real schedule of the
+# network, and takes half a minute or more for each plan. It needs JAX's CUDA plugin
+# (pip install -e '.[plan]') and no GPU.
 COMPILE = False
-# Made up for this page, in dollars a GPU hour: put in what you would pay.
+# Dollars for an hour of one GPU. They are made up for this page: put in what you would pay.
 EXAMPLE_PRICES = {"a100": 1.0, "a100_80g": 1.25, "h100": 2.0, "h200": 2.5}
 
 SOURCES = (
@@ -49,7 +51,7 @@ SOURCES = (
 
 
 def run(devices: int, rows: int, recompute="elementwise", gather="step") -> Config:
-    """3 trillion tokens in steps of 1,024 rows, with this many rows a GPU at once."""
+    """A run of 3 trillion tokens in steps of 1,024 rows, with `rows` on each GPU at a time."""
     return Config(
         run_folder="",
         model=TINYLLAMA_1B,
@@ -64,8 +66,8 @@ def run(devices: int, rows: int, recompute="elementwise", gather="step") -> Conf
 # %% [markdown]
 # ## One plan
 #
-# Sixteen A100-40GB, 8 rows of 2,048 tokens each, as in the original. Its two datasets had about
-# 950 billion tokens together; how they divide is a guess here.
+# The original trained on sixteen A100-40GB with 8 rows of 2,048 tokens on each. Its two datasets
+# had about 950 billion tokens together. How these divide between the two is a guess here.
 
 # %%
 tokens = {"slimpajama": 650e9, "starcoder": 300e9}
@@ -77,10 +79,11 @@ Console(width=90, force_jupyter=False, color_system=None).print(render(original)
 # %% [markdown]
 # ## What fits on which card
 #
-# One GPU alone, which holds all weights and optimizer state itself; with more of them, what is blue
-# shrinks. For each card and each choice of what the backward pass computes again, the largest power
-# of two of rows that fits. The dashed line is what a step may use: nine tenths of the card, less
-# 1.5 GiB for NCCL and cuBLAS.
+# Here a single GPU holds all weights and the whole optimizer state. On several GPUs the blue parts
+# of the bars would shrink, because each GPU holds a share of them. For each card there is a bar for
+# each choice of what the backward pass computes again, with the largest power of two of rows that
+# fits. The dashed line is the memory that a step may use: nine tenths of the card, less 1.5 GiB for
+# NCCL and cuBLAS.
 
 # %%
 GIB = 2**30
@@ -93,9 +96,9 @@ figure, axes = plt.subplots(figsize=(9, 4.8), dpi=110, layout="constrained")
 ticks = []
 for index, card in enumerate(CARDS):
     largest = plan(run(1, 1), f"{card}_1", compiler=COMPILE).largest_micro_batches
-    for offset, found in enumerate(largest):
-        rows = 2 ** (found.rows.bit_length() - 1)
-        fitted = plan(run(1, rows, found.recompute), f"{card}_1", compiler=COMPILE)
+    for offset, micro_batch in enumerate(largest):
+        rows = 2 ** (micro_batch.rows.bit_length() - 1)
+        fitted = plan(run(1, rows, micro_batch.recompute), f"{card}_1", compiler=COMPILE)
         place, bottom = 4 * index + offset, 0.0
         sizes = (
             fitted.weights_bytes_per_device,
@@ -106,7 +109,7 @@ for index, card in enumerate(CARDS):
             axes.bar(place, size / GIB, bottom=bottom, color=color, width=0.8)
             bottom += size / GIB
         axes.text(place, bottom - 1, f"{rows}", ha="center", va="top", fontsize=9, weight="bold")
-        ticks.append((place, found.recompute))
+        ticks.append((place, micro_batch.recompute))
     usable = (fitted.usable_bytes_per_device - fitted.reserve_bytes_per_device) / GIB
     axes.hlines(usable, 4 * index - 0.6, 4 * index + 2.6, color="#b03a2e", linestyles="--")
     axes.text(4 * index + 1, -34, fitted.card.removeprefix("NVIDIA "), ha="center", fontsize=9)
@@ -126,9 +129,9 @@ plt.show()
 # %% [markdown]
 # ## Days and dollars against chips
 #
-# From the left end of a bar, the roofline, to its right end, what published systems of this size
-# reached. More GPUs shorten the run and make it a little dearer, because a step waits as long for
-# the network and has less work to do. The prices are the made-up ones above.
+# Each bar reaches from the fast end of a prediction, on its left, to the slow end on its right.
+# More GPUs shorten the run and make it a little more expensive: each has less work in a step, and
+# waits as long for the network as before. The prices are the made-up ones from above.
 
 # %%
 COLORS = {"a100": "#2e86ab", "a100_80g": "#1f4e79", "h100": "#f2a65a", "h200": "#b03a2e"}
@@ -154,10 +157,11 @@ plt.show()
 # %% [markdown]
 # ## Days and dollars against the micro-batch
 #
-# With `gather="step"` weights cross the network once a step, whatever the micro-batch. With
-# `gather="layer"`, which larger models need, they cross it for every micro-batch, so small ones
-# drown in it. Sixteen A100-80GB in two nodes, joined by 400 or 100 Gb/s, the fast end of the range,
-# and nothing of the network hidden behind other work.
+# With `gather="step"` the weights cross the network once in each step, whatever the size of the
+# micro-batch. With `gather="layer"`, which larger models need, they cross it for every micro-batch,
+# so that small micro-batches spend most of their time waiting. The figure is for sixteen A100-80GB
+# in two nodes that are joined by 400 or by 100 Gb/s. It shows the fast end of each range, and
+# assumes that no other work hides the network's time.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 4.5), dpi=110, layout="constrained")

@@ -14,9 +14,10 @@
 # %% [markdown]
 # # To PyTorch and back
 #
-# A model that was made here is exported, opened by `transformers` in PyTorch, and asked the same
-# questions on both sides: are the logits equal, are the texts, and what is behind a token? Nothing
-# is downloaded, and it takes less than a minute on two CPU cores.
+# This page trains a small model, exports it, opens the export with `transformers` in PyTorch, and
+# compares the two. It shows that both give the same logits and write the same texts, and how likely
+# each side finds a token. Nothing is downloaded, and the page takes less than a minute on two CPU
+# cores.
 
 # %%
 import tempfile
@@ -43,7 +44,7 @@ from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training.step import init_state, make_step
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its bars ask for ipywidgets here
+    warnings.simplefilter("ignore")  # its progress bars would ask for ipywidgets here
     import transformers
 
 # %matplotlib inline
@@ -54,9 +55,9 @@ transformers.utils.logging.disable_progress_bar()
 # %% [markdown]
 # ## A model
 #
-# Two layers, four query heads that share two key-value heads, and one batch from the documentation
-# of Python's standard library, read 120 times: a model that knows eight half pages by heart.
-# `train_tiny` explains each line.
+# The model has two layers, and four query heads that share two key-value heads. It reads one batch
+# from the documentation of Python's standard library 120 times, so that it knows these eight half
+# pages by heart. The notebook `train_tiny` explains each line of this cell.
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -95,8 +96,8 @@ weights = state["weights"]
 # %% [markdown]
 # ## To PyTorch
 #
-# One call writes the folder; `transformers` opens it without a line of ours. The logits of a
-# sentence then agree as far as fp32 goes.
+# One call writes the folder, and `transformers` opens it without any code of this project. The
+# logits of a sentence then agree to within the rounding of fp32.
 
 # %%
 huggingface.export(weights, model, folder / "tokenizer.model", folder / "export")
@@ -117,8 +118,9 @@ print(f"largest difference of a logit: {np.abs(ours_TV - theirs_TV).max():.1e}")
 # %% [markdown]
 # ## The same text on both sides
 #
-# Greedy, 60 tokens after the beginnings of three rows of the batch, of unequal length. Ours are
-# continued together, each as if it were alone; PyTorch continues one at a time.
+# Both sides continue the beginnings of three rows of the batch by 60 tokens, always with the
+# likeliest one. The beginnings differ in length. This project continues them in one batch, in which
+# each gets the text that it would get alone. PyTorch continues one at a time.
 
 # %%
 prompts = [tokens[0, row, :length].tolist() for row, length in enumerate((6, 12, 24))]
@@ -137,8 +139,9 @@ for prompt, new in zip(prompts, ours, strict=True):
 # %% [markdown]
 # ## Behind a token
 #
-# Left: the five likeliest tokens after a sentence that the model does not know, as both sides see
-# them. Right: how likely it found each token of the sentence when it came to it.
+# The model does not know this sentence. On the left are the five tokens that it finds likeliest
+# after the sentence, by both sides. On the right is the probability that it gave to each token of
+# the sentence, knowing only the tokens before.
 
 # %%
 ours_V = jax.nn.softmax(ours_TV[-1])
@@ -170,10 +173,11 @@ plt.show()
 # %% [markdown]
 # ## The cache
 #
-# What makes generation fast: the keys and values of all tokens so far, for the two kv heads alone.
-# Reading a prompt fills it, and each new token adds a column, so no token is computed twice. Both
-# sides keep the same numbers. Here are the keys of the last layer's first head, after the sentence
-# and one more token; the columns to their right wait for text.
+# Generation is fast because it keeps the keys and values of all tokens so far, for the two
+# key-value heads alone. Reading a prompt fills this cache, and each new token adds a column to it,
+# so that no token is computed twice. Both sides keep the same numbers. The figure shows the keys of
+# the last layer's first head after the sentence and one more token. The white columns on the right
+# are still empty.
 
 # %%
 ready = decoding.for_decoding(weights)

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # Train a tiny Llama and watch it learn
 #
-# Build a Llama of half a million weights, train it on the documentation of Python's standard
-# library, and let it write. The text comes with Python, so nothing is downloaded, and two CPU cores
-# take less than a minute. Everything below calls the library, as `tinyllama train` does.
+# This page builds a Llama of half a million weights, trains it on the documentation of Python's
+# standard library, and lets it write. The text comes with Python, so nothing is downloaded, and two
+# CPU cores take less than a minute. The cells call the same functions as `tinyllama train`.
 
 # %%
 import tempfile
@@ -40,14 +40,15 @@ from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.step import compute_dtype, init_state, make_step
 
 # %matplotlib inline
-rich.reconfigure(quiet=True, force_jupyter=False)  # its bars ask for ipywidgets here
+rich.reconfigure(quiet=True, force_jupyter=False)  # its progress bars would ask for ipywidgets
 
 # %% [markdown]
 # ## Text to tokens
 #
-# The corpus is the language reference and the docstrings of the running Python. Some documents are
-# held out, and no passage of theirs occurs in what the model trains on. A tokenizer learns 1,024
-# pieces of words from the training text, and both splits are written to disk as token ids.
+# The corpus consists of the language reference and the docstrings of the Python that runs this
+# page. Some documents are held out, and none of their passages occurs in the training text. A
+# tokenizer learns 1,024 pieces of words from the training text. Training and held-out text are then
+# written to disk as the ids of such pieces, the tokens.
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -65,9 +66,10 @@ print(tokenizer.encode("Return the length of the list.", out_type=str))
 # %% [markdown]
 # ## The model
 #
-# One layer of a Llama 2, with rotary positions, SwiGLU, and two key-value heads that four query
-# heads share. It sees 64 tokens at a time and 1,024 in a step. In a minute so small a model gets
-# further than a deeper one; with more time, raise `layers` and `steps`.
+# The model is one layer of a Llama 2, with rotary positions, SwiGLU, and two key-value heads that
+# four query heads share. A row is 64 tokens long, and a step reads 16 rows, which are 1,024 tokens.
+# Within a minute a model as small as this gets further than a deeper one. With more time, raise
+# `layers` and `steps`.
 
 # %%
 model = LlamaConfig(
@@ -93,10 +95,10 @@ print(f"{model.parameters():,} weights")
 # %% [markdown]
 # ## Train
 #
-# Two lines say what to expect. The first guesses are random, a little worse than calling every
-# piece equally likely, whose loss is ln 1,024. A model that knew how often each piece occurs, but
-# nothing of its neighbours, could at best reach the unigram entropy: what lies below that line was
-# learnt from context.
+# Two lines in the figure say what to expect. The first guesses are random, and a little worse than
+# taking every piece as equally likely, whose loss is ln 1,024. A model that knew how often each
+# piece occurs, but nothing of the pieces before it, could at best reach the unigram entropy. A loss
+# below that line was learned from context.
 
 # %%
 train_rows, held_out_rows = (
@@ -148,7 +150,7 @@ with jax.set_mesh(mesh):
 # %% [markdown]
 # ## The result
 #
-# The loss on all held-out text, beside the unigram entropy of the same tokens.
+# This is the loss on all held-out text, beside the unigram entropy of the same tokens.
 
 # %%
 with jax.set_mesh(mesh):
@@ -159,8 +161,8 @@ print(f"unigram entropy  {unigram:.3f} nats per token")
 # %% [markdown]
 # ## A sample
 #
-# The model has read less than a third of its text, once: it has some words and the layout of
-# Python's documentation, and no sense yet.
+# The model has read less than a third of the training text, and that only once. It has learned some
+# words and the layout of Python's documentation, but not to make sense.
 
 # %%
 prompts = [tokenizer.encode(prompt) for prompt in ("Return the", "If the", "The")]

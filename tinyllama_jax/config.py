@@ -78,9 +78,12 @@ class LlamaConfig:
         """Number of weights, by hand arithmetic; a test holds it against the real tree."""
         attention = 2 * self.width * self.head_width * (self.query_heads + self.kv_heads)
         swiglu = 3 * self.width * self.swiglu_width
-        norms = 2 * self.width
-        outside = 2 * self.vocab_size * self.width + self.width
-        return self.layers * (attention + swiglu + norms) + outside
+        embedding_and_head = 2 * self.vocab_size * self.width
+        return self.layers * (attention + swiglu) + embedding_and_head + self.norm_gains()
+
+    def norm_gains(self) -> int:
+        """Number of weights that are gains of norms: two norms in each layer, and the last one."""
+        return (2 * self.layers + 1) * self.width
 
 
 TINYLLAMA_1B = LlamaConfig()

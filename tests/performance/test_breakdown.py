@@ -169,8 +169,7 @@ def test_every_product_and_kernel_of_the_step_for_an_h100_is_found(backend):
     compiled = lower_step(config, mesh).compile(compiler_options=OPTIMISED)
     program, (_, kinds) = read_program(compiled), read_kinds(compiled)
     tokens = config.batch_rows * model.context
-    norms = (2 * model.layers + 1) * model.width
-    weights = model.parameters() - model.vocab_size * model.width - norms
+    weights = model.parameters() - model.vocab_size * model.width - model.norm_gains()
     assert program.matmul_flops == 6 * weights * tokens
     # Of products of T x T x H: nine of their causal halves in the kernels; eight in plain JAX, two
     # of them a second time.

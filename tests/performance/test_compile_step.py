@@ -31,7 +31,7 @@ A100_TOKENS_PER_SEC = 30_700  # excellent; a slower step hides more
 
 def crossing(model) -> int:
     """Weights that cross the network: all but the norms' gains, which are in the others."""
-    return model.parameters() - (2 * model.layers + 1) * model.width
+    return model.parameters() - model.norm_gains()
 
 
 def compile_step(config, hosts, data=1):
@@ -159,9 +159,8 @@ def test_all_layers_but_the_outermost_hide_their_communication(program):
 def test_no_matrix_product_runs_twice(config, program):
     """Forward and backward are six FLOPs for each weight but the embedding's, and no more."""
     multiplied = config.model.parameters() - config.model.vocab_size * config.model.width
-    norms = (2 * config.model.layers + 1) * config.model.width
     tokens = config.batch_rows * config.model.context // 16
-    assert program.matmul_flops == 6 * (multiplied - norms) * tokens
+    assert program.matmul_flops == 6 * (multiplied - config.model.norm_gains()) * tokens
 
 
 def test_attention_runs_forward_once_a_layer(config, program, text):

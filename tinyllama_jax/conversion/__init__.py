@@ -1,1 +1,1 @@
-"""Models in other people's formats."""
+"""Opens models of other projects, and writes models in the formats of other projects."""

@@ -1,4 +1,4 @@
-"""One file for llama.cpp: the GGUF format, by its own package."""
+"""Writes a model and its tokenizer as one GGUF file for llama.cpp, with the gguf package."""
 
 import contextlib
 from pathlib import Path
@@ -17,32 +17,36 @@ MAGIC = b"GGUF"
 
 
 def interleave(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """The rows of query or key for llama.cpp's Llama, which rotates the pairs (2 i, 2 i + 1).
+    """Reorders the rows of a query or key matrix for llama.cpp's rotary positions.
 
-    Hugging Face and we rotate (i, i + H / 2); both give the same products of queries and keys.
+    llama.cpp rotates the neighbours 2 i and 2 i + 1 of a head, Hugging Face and this project rotate
+    i and i + H / 2. With queries and keys reordered alike, their products stay the same.
 
     Args:
-      matrix: (heads x H, D).
+      matrix: a matrix of shape (heads x H, D), in Hugging Face's layout.
+      heads: the number of its heads.
     """
     halves = matrix.reshape(heads, 2, -1, matrix.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(matrix.shape)
 
 
 def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Path) -> None:
-    """Writes a model and its tokenizer: matrices in fp16, norm gains in fp32, as llama.cpp does.
+    """Writes a model and its tokenizer as one GGUF file.
 
-    The file appears whole or not at all; an earlier GGUF file in its place is replaced.
+    Matrices are fp16 and gains of norms fp32, as llama.cpp's own converter writes them. The file
+    appears whole or not at all. An earlier GGUF file in its place is replaced.
 
     Args:
-      weights: as `llama.init_weights` gives them, or `Unread`.
-      config: the model they belong to.
-      tokenizer: the sentencepiece model it was trained with.
-      file: where to write.
+      weights: the tree that `llama.init_weights` returns, or one of `Unread` leaves.
+      config: the model that the weights belong to.
+      tokenizer: the sentencepiece model that the model was trained with.
+      file: the file to write, whose name ends in `.gguf`.
 
     Raises:
-      UserError: weights that are not finite in fp16 or do not fit the config, a tokenizer that
-        llama.cpp cannot express or of another number of pieces, a file that is no GGUF in the
-        place, a full disk, or the gguf package is not installed.
+      UserError: the gguf package is not installed, the weights are not finite in fp16 or do not fit
+        the config, llama.cpp cannot express the tokenizer, the tokenizer has another number of
+        pieces than the model, something other than a GGUF file is in the place, or the disk is
+        full.
     """
     try:
         import gguf
@@ -81,7 +85,7 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
     writer.add_tokenizer_pre("default")
     writer.add_token_list(names)
     writer.add_token_scores(scores)
-    writer.add_token_types(kinds)  # the numbers of sentencepiece_model.proto
+    writer.add_token_types(kinds)  # llama.cpp numbers them as sentencepiece_model.proto does
     ids = special_tokens(tokenizer)
     writer.add_unk_token_id(ids["unk_token"])
     writer.add_bos_token_id(ids["bos_token"])
@@ -91,10 +95,12 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
     writer.add_add_space_prefix(prefix)
     writer.add_remove_extra_whitespaces(False)
 
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
+    # The header states every tensor's place in the file. All are announced first and written one by
+    # one afterwards, so that a model of any size passes through memory in parts.
+    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
     for name, tensor in tensors(config).items():
         dtype = np.dtype(np.float32 if len(tensor.hf_shape) == 1 else np.float16)
-        stem = theirs.get_name(name.removesuffix(".weight"))
+        stem = gguf_names.get_name(name.removesuffix(".weight"))
         size = int(np.prod(tensor.hf_shape)) * dtype.itemsize
         writer.add_tensor_info(f"{stem}.weight", tensor.hf_shape, dtype, size)
     aside = aside_name(file)
@@ -108,23 +114,24 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
             elif name.endswith("k_proj.weight"):
                 array = interleave(array, config.kv_heads)
             writer.write_tensor_data(array)
-            del array  # or it would still be there while the next one is read
+            # Otherwise two tensors would be in memory while the next one is produced.
+            del array
         writer.close()
         aside.rename(file)
     except OSError as error:
         raise unwritten(file, error) from error
     finally:
-        # On a full disk closing fails as well, on what is still in its buffer.
+        # On a full disk closing fails too, because it writes what is left in the buffer.
         with contextlib.suppress(OSError):
             writer.close()
         aside.unlink(missing_ok=True)
 
 
 def require_replaceable(file: Path) -> None:
-    """Raises `UserError` if something stands at `file` that is no GGUF file."""
+    """Raises `UserError` if `file` exists and is not a GGUF file."""
     if not file.exists():
         return
     cure = "choose another file, or move it away."
     require(file.is_file(), f"{file} is a folder: {cure}")
-    with open(file, "rb") as found:
-        require(found.read(len(MAGIC)) == MAGIC, f"{file} is no GGUF file: {cure}")
+    with open(file, "rb") as existing:
+        require(existing.read(len(MAGIC)) == MAGIC, f"{file} is no GGUF file: {cure}")

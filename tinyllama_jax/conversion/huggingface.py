@@ -1,4 +1,7 @@
-"""To and from Hugging Face: a folder that transformers opens, written and read without torch."""
+"""Writes and reads models as transformers saves them, without torch.
+
+A model is a folder of safetensors files with a config.json and a tokenizer beside them.
+"""
 
 import functools
 import hashlib
@@ -38,7 +41,7 @@ FIELDS = {
     "rms_norm_eps": "norm_eps",
 }
 
-# Keys of config.json that have one value in every Llama 2.
+# Keys of config.json that have the same value in every Llama 2.
 FIXED = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -46,13 +49,14 @@ FIXED = {
     "mlp_bias": False,
 }
 
-# Keys that other models have, and that change what is computed.
+# Keys that other architectures set, each of which changes what the model computes. They must be
+# absent or null: a model that ignored one would load without an error and give wrong logits.
 ABSENT = ("sliding_window", "quantization_config", "attn_logit_softcapping", "num_local_experts")
 
 TOKENIZER = "tokenizer.model"
 CARD = "README.md"
 HASHES = "sha256.json"
-# What an export holds beside its safetensors.
+# The files of an export beside its safetensors.
 FILES = {
     "config.json",
     "generation_config.json",
@@ -64,7 +68,9 @@ FILES = {
     HASHES,
 }
 
-LARGEST = 2**20  # of any size in config.json; no Llama comes near it
+# The largest size that config.json may give. No Llama comes near it; a larger one is damage, which
+# would otherwise show as an allocation that fails.
+LARGEST = 2**20
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -84,19 +90,21 @@ def export(
     The folder appears whole or not at all. An earlier export in its place is replaced.
 
     Args:
-      weights: as `llama.init_weights` gives them, in any float dtype, or `Unread`: of those only
-        one layer of a weight is in memory at a time.
-      config: the model they belong to.
-      tokenizer: the sentencepiece model it was trained with.
-      folder: where to write.
-      dtype: of the tensors written: float32, bfloat16 or float16.
-      max_shard_bytes: of a file of weights; a model above it goes into several, with an index.
-      facts: of the run, for the model card.
+      weights: the tree that `llama.init_weights` returns, in any float dtype, or one of `Unread`
+        leaves, of which only one layer of one weight is in memory at a time.
+      config: the model that the weights belong to.
+      tokenizer: the sentencepiece model that the model was trained with.
+      folder: the folder to write.
+      dtype: the dtype of the written tensors: float32, bfloat16 or float16.
+      max_shard_bytes: the largest size of a file of weights. A larger model is written to several
+        files with an index.
+      facts: what the model card says about the run; None if the model does not come from a run.
 
     Raises:
-      UserError: weights that are not finite or do not fit the config or the dtype, another number
-        of pieces than `config.vocab_size`, a model or tokenizer that transformers cannot express,
-        a full disk, or a folder that holds anything but an earlier export, which stays untouched.
+      UserError: the weights are not finite or do not fit the config or the dtype, the tokenizer has
+        another number of pieces than `config.vocab_size`, transformers cannot express the model or
+        the tokenizer, the disk is full, or the folder holds anything but an earlier export, in
+        which case it stays untouched.
     """
     tokenizer, folder = Path(tokenizer), Path(folder).resolve()
     require_replaceable(folder)
@@ -121,7 +129,8 @@ def export(
             **FIXED,
             "tie_word_embeddings": False,
             **{key: getattr(config, field) for key, field in FIELDS.items()},
-            # transformers 5 reads the first of these and `dtype`, transformers 4 the others.
+            # RoPE and the dtype are written twice: transformers 5 reads `rope_parameters` and
+            # `dtype`, transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`.
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}
             | (scaling or {}),
             "rope_theta": config.rope_base,
@@ -137,17 +146,21 @@ def export(
         "tokenizer.json": table,
         "special_tokens_map.json": special,
         "tokenizer_config.json": {
-            # Not LlamaTokenizer: it builds merges and normalizer anew and not from tokenizer.json.
+            # LlamaTokenizer would ignore tokenizer.json and build merges and normalizer itself,
+            # with other ids as the result.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
             "add_bos_token": False,
             "add_eos_token": False,
-            # Text that spells `</s>` is text, as it was when the training data was encoded.
+            # sentencepiece encoded a literal `</s>` in the training data as ordinary text. Without
+            # this option transformers would turn it into the end-of-sequence token.
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.context,
         },
     }
+    # Everything is written beside the folder and renamed at the end, so that a killed process never
+    # leaves half an export under the final name.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
@@ -161,7 +174,7 @@ def export(
             (partial / name).write_text(text, encoding="utf-8")
         hashes = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
         (partial / HASHES).write_text(json.dumps(hashes, indent=1))
-        # Not hashed: its readers may have more to say.
+        # The card is written after the hashes were taken, so that people may edit it.
         card = model_card.render(folder.name, config, dtype, facts)
         (partial / CARD).write_text(card, encoding="utf-8")
         replace(partial, folder)
@@ -172,7 +185,7 @@ def export(
 
 
 def unwritten(path: Path, error: OSError) -> UserError:
-    """The sentence for an export that the disk did not take."""
+    """The error for an export that could not be written to the disk."""
     return UserError(
         f"{path} cannot be written ({error.strerror or error}): make room, or give another path."
     )
@@ -188,14 +201,14 @@ def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:
 
 
 def require_shapes(weights: Weights, config: LlamaConfig) -> None:
-    """Raises `UserError` unless the weights, read or not, are those of the config."""
-    found = {path: np.shape(leaf) for path, leaf in named_leaves(weights).items()}
-    wanted = {path: leaf.shape for path, leaf in leaves(config).items()}
-    for path in sorted(found.keys() | wanted.keys()):
+    """Raises `UserError` unless the weights have the names and shapes that the config asks for."""
+    shapes = {path: np.shape(leaf) for path, leaf in named_leaves(weights).items()}
+    expected = {path: leaf.shape for path, leaf in leaves(config).items()}
+    for path in sorted(shapes.keys() | expected.keys()):
         require(
-            found.get(path) == wanted.get(path),
-            f"Weight {path} has shape {found.get(path)} and the config asks for "
-            f"{wanted.get(path)}: give the config of the run that the weights come from.",
+            shapes.get(path) == expected.get(path),
+            f"Weight {path} has shape {shapes.get(path)} and the config asks for "
+            f"{expected.get(path)}: give the config of the run that the weights come from.",
         )
 
 
@@ -205,17 +218,20 @@ def require_replaceable(folder: Path) -> None:
         return
     cure = "choose another folder, or move it away."
     require(folder.is_dir(), f"{folder} is a file: {cure}")
-    found = {path.name for path in folder.iterdir()}
-    # A folder from elsewhere has no hashes.
-    require({"config.json", HASHES} <= found, f"{folder} is no export: {cure}")
-    foreign = sorted(name for name in found - FILES if not safetensors_files.is_file_name(name))
+    names = {path.name for path in folder.iterdir()}
+    # Only our exports have hashes. A model that was downloaded from elsewhere must not be deleted.
+    require({"config.json", HASHES} <= names, f"{folder} is no export: {cure}")
+    foreign = sorted(name for name in names - FILES if not safetensors_files.is_file_name(name))
     require(not foreign, f"{folder} holds {', '.join(foreign)}, which no export wrote: {cure}")
     architectures = read_json(folder / "config.json").get("architectures")
     require(architectures == ["LlamaForCausalLM"], f"{folder} holds another model: {cure}")
 
 
 def replace(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; what stood there is deleted once the new one is in place."""
+    """Renames the folder `new` to `folder`, and deletes an earlier `folder` afterwards.
+
+    The earlier one is renamed first, because no system call replaces a folder that is not empty.
+    """
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -225,6 +241,7 @@ def replace(new: Path, folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises `UserError` if the file is missing, damaged or not an object."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -232,10 +249,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def config_from_hf(path: Path) -> LlamaConfig:
-    """Reads config.json as transformers 4 and 5 write it.
+    """Reads the model from a config.json that transformers 4 or 5 wrote.
 
     Raises:
-      UserError: it is damaged, or of a model that is not a Llama 2, named by what is unsupported.
+      UserError: the file is damaged, or the model is not a Llama 2. The message names the key that
+        is not supported.
     """
     values = read_json(path)
     for key in ABSENT:
@@ -243,12 +261,12 @@ def config_from_hf(path: Path) -> LlamaConfig:
             values.get(key) is None,
             f"{path} has {key} {values.get(key)!r}, which this model has not: choose a Llama 2.",
         )
-    # What transformers itself assumes where a key is left out.
-    found = {**FIXED, "model_type": None, "partial_rotary_factor": 1.0, **values}
+    # Keys that are left out have the defaults of transformers, all but the model's type.
+    stated = {**FIXED, "model_type": None, "partial_rotary_factor": 1.0, **values}
     for key, value in {**FIXED, "partial_rotary_factor": 1.0}.items():
         require(
-            found[key] == value,
-            f"{path} has {key} {found[key]!r} and this model {value!r}: choose a Llama 2 without "
+            stated[key] == value,
+            f"{path} has {key} {stated[key]!r} and this model {value!r}: choose a Llama 2 without "
             "biases.",
         )
     try:
@@ -258,7 +276,7 @@ def config_from_hf(path: Path) -> LlamaConfig:
         values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
         fields = {field: values[key] for key, field in FIELDS.items()}
         rope["norm_eps"] = fields.pop("norm_eps")
-        # A bool is an int to Python.
+        # `type(size) is int` and not isinstance, because True is an instance of int.
         if not all(type(size) is int and size <= LARGEST for size in fields.values()):
             raise ValueError(f"sizes {fields}")
         if not all(type(x) in (int, float) and math.isfinite(x) for x in rope.values()):
@@ -276,8 +294,12 @@ def config_from_hf(path: Path) -> LlamaConfig:
 
 
 def _rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's fields of `LlamaConfig`, from wherever config.json has them; more than once, if so."""
-    found: dict[str, Any] = {}
+    """Reads the RoPE fields of `LlamaConfig` from config.json.
+
+    Versions of transformers keep them in different places, and a file may state one several times.
+    Raises `UserError` if two places disagree or the kind of RoPE is not supported.
+    """
+    rope: dict[str, Any] = {}
     parts = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
     parts += [{"rope_theta": values["rope_theta"]}] if "rope_theta" in values else []
     for part in parts:
@@ -291,40 +313,41 @@ def _rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
                 "choose a Llama without it.",
             )
             require(
-                found.setdefault(key, value) == value,
-                f"{path} has {key} {found[key]!r} and {value!r}: leave one of them.",
+                rope.setdefault(key, value) == value,
+                f"{path} has {key} {rope[key]!r} and {value!r}: leave one of them.",
             )
-    factor = found["factor"] if found.get("rope_type") == "linear" else 1.0
-    # The base where none is given is what transformers assumes.
-    return {"rope_base": found.get("rope_theta", 10_000.0), "rope_factor": factor}
+    factor = rope["factor"] if rope.get("rope_type") == "linear" else 1.0
+    # transformers takes the same base where the file gives none.
+    return {"rope_base": rope.get("rope_theta", 10_000.0), "rope_factor": factor}
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder holds a model as transformers saves it, in one file or in several."""
+    """Whether a folder holds safetensors as transformers saves them, in one file or in several."""
     return safetensors_files.is_weights_folder(Path(folder))
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of a folder's file of weights; of several, the hash of their hashes."""
-    found = [file_sha256(file) for file in safetensors_files.weights_files(folder)]
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+    """The SHA-256 of a folder's weights: of the one file, or of the joined hashes of several."""
+    hashes = [file_sha256(file) for file in safetensors_files.weights_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """A Llama 2 that transformers or `export` saved, its weights not read yet.
+    """Opens a Llama 2 that transformers or `export` saved, without reading its weights yet.
 
     Args:
-      folder: holds config.json and safetensors in fp32, bf16 or fp16, in one file or in several,
-        with or without a head of its own; and in an export `sha256.json`, which is compared.
+      folder: a folder with config.json and with safetensors in fp32, bf16 or fp16, in one file or
+        in several. The head may be tied to the embedding. If there is a `sha256.json`, as in
+        exports, the files are compared with it.
 
     Returns:
-      The config, and the weights as `Unread` that give fp32. A head that is tied to the embedding
-      is one of its own here.
+      The model's config, and its weights as `Unread` leaves that give fp32. A tied head is read as
+      a weight of its own, with the values of the embedding.
 
     Raises:
-      UserError: a file that is not what was exported, another architecture, damaged files, and
-        tensors that are missing, too many or of another shape. Reading a weight raises it for
-        values that are not finite.
+      UserError: a file differs from what was exported, the architecture is another, a file is
+        damaged, or a tensor is missing, unknown or of another shape. Reading a weight later raises
+        it for values that are not finite.
     """
     folder = Path(folder)
     _compare_hashes(folder)
@@ -337,19 +360,21 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
         config.layers == len(numbers),
         f"{file} has {config.layers} layers and the weights {len(numbers)}: download both again.",
     )
-    # Older versions of transformers saved RoPE's frequencies, which config.json gives as well.
-    found = {name for name in stored.where if not name.endswith(".rotary_emb.inv_freq")}
-    wanted = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
-    for name in sorted((found ^ wanted.keys()) - ({HEAD} if tied else set())):
-        state = "is missing from" if name in wanted else "is unknown in"
+    # Older versions of transformers saved RoPE's frequencies, which follow from config.json.
+    names = {name for name in stored.where if not name.endswith(".rotary_emb.inv_freq")}
+    expected = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
+    for name in sorted((names ^ expected.keys()) - ({HEAD} if tied else set())):
+        state = "is missing from" if name in expected else "is unknown in"
         raise UserError(f"Tensor {name} {state} {folder}: choose a Llama 2, or download it again.")
-    for name in sorted(found):
+    for name in sorted(names):
         require(
-            stored.shapes[name] == wanted[name],
+            stored.shapes[name] == expected[name],
             f"Tensor {name} of {stored.where[name]} is {stored.shapes[name]} and {file} asks for "
-            f"{wanted[name]}: download both again.",
+            f"{expected[name]}: download both again.",
         )
-    if tied and HEAD in found:
+    # transformers would ignore a stored head here and use the embedding. A different one is a
+    # contradiction that no reader can resolve.
+    if tied and HEAD in names:
         require(
             bool(np.array_equal(stored[EMBEDDING], stored[HEAD])),
             f"{file} says that {HEAD} is tied to the embedding, and the weights hold another: set "
@@ -363,14 +388,17 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, Weights]:
 
 
 def _compare_hashes(folder: Path) -> None:
-    """Raises `UserError` if a file of an export is not what was written; others have no hashes."""
+    """Raises `UserError` if a file of an export is not what was written.
+
+    Folders from elsewhere have no hashes and pass.
+    """
     if not (folder / HASHES).is_file():
         return
-    wanted = read_json(folder / HASHES)
+    hashes = read_json(folder / HASHES)
     needed = {"config.json", *(file.name for file in safetensors_files.weights_files(folder))}
-    require(needed <= wanted.keys(), f"{folder / HASHES} is damaged: export the folder again.")
-    for name, digest in wanted.items():
-        file = folder / Path(name).name
+    require(needed <= hashes.keys(), f"{folder / HASHES} is damaged: export the folder again.")
+    for name, digest in hashes.items():
+        file = folder / Path(name).name  # a name with folders in it must not lead elsewhere
         require(
             file.is_file() and file_sha256(file) == digest,
             f"{file} is not what was exported: export it again, or remove {HASHES} if the change "
@@ -379,20 +407,25 @@ def _compare_hashes(folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """What `open_folder` opens, read: the weights as fp32 NumPy arrays. Raises what it raises."""
+    """Reads a folder as `open_folder` does, and all its weights into fp32 NumPy arrays.
+
+    Raises:
+      UserError: as `open_folder`, or a weight holds values that are not finite.
+    """
     config, weights = open_folder(folder)
     return config, jax.tree.map(np.asarray, weights)
 
 
 def verify_export(folder: Path) -> list[str]:
-    """Reads all of a folder as `load` does, and its tokenizer if it has one.
+    """Reads everything in a folder, and the tokenizer if there is one, to find damage.
 
     Returns:
-      What is bad, a line each; none for a folder that is whole. Where there is no `sha256.json`, as
-      in folders from elsewhere, a flipped bit that leaves a number finite is not seen.
+      A line for each fault, and none for a folder that is whole. Without a `sha256.json`, as in
+      folders from elsewhere, a flipped bit that leaves a number finite is not noticed.
     """
     bad = []
     try:
+        # One weight after the other, so that a model of any size can be checked.
         for weight in jax.tree.leaves(open_folder(folder)[1]):
             np.asarray(weight)
     except UserError as error:
@@ -409,13 +442,14 @@ def check(folder: Path, config: LlamaConfig, weights: Weights, dtype: str = "flo
     """Opens an exported folder with transformers and compares its logits with ours, in fp32.
 
     Args:
-      folder: as `export` wrote it.
+      folder: a folder that `export` wrote.
       config: the model that was exported.
-      weights: as `llama.init_weights` gives them, or `Unread`.
-      dtype: what they were rounded to on the way; ours are rounded alike.
+      weights: the exported weights, as `llama.init_weights` returns them or as `Unread` leaves.
+      dtype: the dtype of the export. Our weights are rounded to it too, so that what is left are
+        differences of the computation.
 
     Returns:
-      The largest absolute difference, over random tokens of the whole vocabulary.
+      The largest absolute difference of a logit, over random tokens of the whole vocabulary.
 
     Raises:
       UserError: torch or transformers are not installed.
@@ -431,9 +465,10 @@ def check(folder: Path, config: LlamaConfig, weights: Weights, dtype: str = "flo
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype(jnp.float32), weights)
     apply = jax.jit(functools.partial(llama.apply, config))
     generator, largest = np.random.default_rng(0), 0.0
+    # Several lengths, so that a mask or a position that is wrong for some of them is noticed.
     for length in sorted({min(length, config.context) for length in (1, 7, 64, 256)}):
         tokens_BT = generator.integers(config.vocab_size, size=(2, length))
-        # GPUs multiply fp32 matrices in fewer bits unless told otherwise.
+        # GPUs multiply fp32 matrices in TF32 unless told otherwise, which keeps only 10 bits.
         with jax.default_matmul_precision("highest"):
             ours_BTV = np.asarray(apply(weights, tokens_BT))
         with torch.no_grad():

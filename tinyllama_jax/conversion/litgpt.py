@@ -1,4 +1,7 @@
-"""The original's checkpoints: lit-gpt's `.pth`, with the weights under other names and fused."""
+"""Reads the checkpoints of the original TinyLlama, which are `.pth` files of lit-gpt.
+
+Their weights have other names than ours, and query, key and value are fused into one matrix.
+"""
 
 import pickle
 import zipfile
@@ -12,7 +15,7 @@ from tinyllama_jax.conversion.tensors import tensors, unread_tensors
 from tinyllama_jax.errors import UserError, require
 from tinyllama_jax.model.llama import Weights
 
-# Our path -> lit-gpt's name (TinyLlama's lit_gpt/model.py). Query, key and value are one tensor.
+# Our path -> lit-gpt's name (TinyLlama's lit_gpt/model.py).
 QKV = "transformer.h.{}.attn.attn.weight"
 LITGPT_NAMES = {
     "embedding_VD": "transformer.wte.weight",
@@ -31,10 +34,17 @@ LITGPT_NAMES = {
 
 
 def split_qkv(qkv: np.ndarray, config: LlamaConfig) -> dict[str, np.ndarray]:
-    """Query, key and value from the rows of the fused matrix, ((N + 2 K) H, D).
+    """Splits the fused matrix of a layer into query, key and value.
 
-    Each kv head has its rows together: those of its query heads, its key, its value.
+    Args:
+      qkv: a matrix of shape ((N + 2 K) H, D).
+      config: the model that it belongs to.
+
+    Returns:
+      Our paths -> matrices of shape (heads x H, D).
     """
+    # The matrix is not all queries, then all keys, then all values: the rows of each kv head stand
+    # together, first those of its query heads, then its key, then its value.
     N, K, H, D = config.query_heads, config.kv_heads, config.head_width, config.width
     groups_KMHD = qkv.reshape(K, N // K + 2, H, D)
     return {
@@ -45,19 +55,19 @@ def split_qkv(qkv: np.ndarray, config: LlamaConfig) -> dict[str, np.ndarray]:
 
 
 def open_litgpt(file: Path, config: LlamaConfig) -> Weights:
-    """The weights of a `.pth` of the original, not read yet.
+    """Opens a `.pth` of the original without reading its weights yet.
 
     Args:
-      file: as torch 1.6 and later saves it: the weights, or a training state with them as `model`.
-        Only tensors and plain values are unpickled.
-      config: the model that was trained, which the file does not tell.
+      file: a file in the format of torch 1.6 and later. It holds the weights, or a training state
+        with the weights under the key `model`. Only tensors and plain values are unpickled.
+      config: the model that was trained, which the file does not say.
 
     Returns:
-      The tree of `llama.init_weights`, its leaves `Unread` and fp32.
+      The tree that `llama.init_weights` returns, with `Unread` leaves that give fp32.
 
     Raises:
-      UserError: torch is not installed, a file that is damaged, of the older format or with other
-        objects in it, and tensors that are missing, too many or of another shape or dtype.
+      UserError: torch is not installed, the file is damaged, of an older format or holds other
+        objects, or a tensor is missing, unknown or of another shape or dtype.
     """
     require(file.is_file(), f"There is no file {file}.")
     require(
@@ -72,31 +82,34 @@ def open_litgpt(file: Path, config: LlamaConfig) -> Weights:
             "Reading a .pth needs torch: pip install 'tinyllama-jax[torch]'."
         ) from error
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # `weights_only` refuses to unpickle code. With `mmap` a tensor is read when it is used, so
+        # that the file need not fit into memory, nor the optimizer state be read at all.
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         raise UserError(
             f"{file} is damaged, or holds more than tensors, which could run anything "
             f"({str(error).splitlines()[0][:150]}): download it again, or save its weights alone."
         ) from error
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        found = found["model"]
-    require(isinstance(found, dict), f"{file} holds no weights by name: give another file.")
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict):
+        checkpoint = checkpoint["model"]
+    require(isinstance(checkpoint, dict), f"{file} holds no weights by name: give another file.")
 
-    wanted: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     paths: dict[str, tuple[str, str]] = {}
     heads = config.query_heads + 2 * config.kv_heads
     for name, tensor in tensors(config).items():
-        # The layer, where the name has one: model.layers.N.
+        # In Hugging Face's name model.layers.N, the third part is the layer. Names outside layers
+        # have none, and then nothing is formatted.
         litgpt = LITGPT_NAMES[tensor.path].format(*name.split(".")[2:3])
         paths[name] = (tensor.path, litgpt)
         fused = LITGPT_NAMES[tensor.path] == QKV
-        wanted[litgpt] = (heads * config.head_width, config.width) if fused else tensor.hf_shape
-    for name in sorted(map(str, found.keys() ^ wanted.keys())):
-        state = "is missing from" if name in wanted else "is unknown in"
+        shapes[litgpt] = (heads * config.head_width, config.width) if fused else tensor.hf_shape
+    for name in sorted(map(str, checkpoint.keys() ^ shapes.keys())):
+        state = "is missing from" if name in shapes else "is unknown in"
         raise UserError(f"Tensor {name} {state} {file}: give the config that it was trained with.")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for name, shape in wanted.items():
-        tensor = found[name]
+    for name, shape in shapes.items():
+        tensor = checkpoint[name]
         require(
             isinstance(tensor, torch.Tensor)
             and tuple(tensor.shape) == shape
@@ -108,7 +121,7 @@ def open_litgpt(file: Path, config: LlamaConfig) -> Weights:
 
     def read(name: str) -> np.ndarray:
         path, litgpt = paths[name]
-        array = found[litgpt].to(torch.float32).numpy()
+        array = checkpoint[litgpt].to(torch.float32).numpy()
         require(
             bool(np.isfinite(array).all()),
             f"Tensor {litgpt} of {file} holds values that are not finite: take another checkpoint.",

@@ -1,4 +1,4 @@
-"""README.md of an export: what the model is, what it read, and how to open it."""
+"""Writes an export's model card, README.md: what the model is, what it read, how to open it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,32 +9,37 @@ from tinyllama_jax.config import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """A checkpoint, as its run wrote it down."""
+    """What the files of a run say about one of its checkpoints."""
 
     step: int
+    """The step of the checkpoint."""
     tokens: int
-    """Read up to this step."""
+    """The number of tokens read up to this step."""
     config: dict[str, Any]
-    """The run's config.json."""
+    """The content of the run's config.json."""
     metrics: Mapping[int, dict[str, Any]]
-    """{step: values} of its metrics.jsonl, rising; none where there is no such file."""
+    """The metrics by step, in rising order; empty if the run has no metrics.jsonl."""
     origin: dict[str, Any] | None
-    """What it began with, if not at random."""
+    """The path, step and SHA-256 of the weights that the run began with; None for a random start.
+    """
 
     def last(self, name: str) -> tuple[int, Any] | None:
-        """(step, value) of a metric, at this step or the nearest before."""
+        """The step and the value of a metric, at this checkpoint's step or the nearest before it.
+
+        Validation is not logged at every step, so a checkpoint often has no value of its own.
+        """
         steps = [step for step in self.metrics if step <= self.step and name in self.metrics[step]]
         return (steps[-1], self.metrics[steps[-1]][name]) if steps else None
 
 
 def render(name: str, config: LlamaConfig, dtype: str, facts: RunFacts | None) -> str:
-    """The card of a model as Markdown; it says nothing that is not in the run's own files.
+    """Writes the card of a model as Markdown, from the config and the run's own files alone.
 
     Args:
-      name: of the folder.
+      name: the name of the export's folder.
       config: the model.
-      dtype: of the exported weights.
-      facts: of the run; None where the model comes without one.
+      dtype: the dtype of the exported weights.
+      facts: what is known of the run; None if the model does not come from a run.
     """
     rope = f"{config.rope_base:g}"
     if config.rope_factor != 1:
@@ -70,6 +75,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 
 def _training(facts: RunFacts) -> str:
+    """The part of the card that tells of the training."""
     run = facts.config
     optimizer = run["optimizer"]
     rows = [
@@ -92,6 +98,8 @@ def _training(facts: RunFacts) -> str:
     ]
     if facts.origin:
         rows.append(("began with", f"weights of sha256 {facts.origin['sha256']}"))
+    # metrics.jsonl may lack a metric: the run may have been killed before it logged one, or the
+    # file may not have been copied along.
     if loss := facts.last("train/loss"):
         rows.append((f"training loss at step {loss[0]:,}", _number(loss[1])))
     sources = [("source", "tokens read", "share", "held-out loss", "bits a byte", "at step")]
@@ -99,6 +107,7 @@ def _training(facts: RunFacts) -> str:
         read = facts.last(f"data/{source['name']}/tokens")
         loss = facts.last(f"val/{source['name']}/loss")
         bits = facts.last(f"val/{source['name']}/bpb")
+        # Tokens of an earlier step would not add up with the number of all tokens read.
         at_step = read is not None and read[0] == facts.step
         sources.append(
             (
@@ -121,9 +130,11 @@ tokenizer adds neither.
 
 
 def _number(value: float | None) -> str:
+    """A metric with four decimals; metrics.jsonl holds null for a value that was not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def _table(header: tuple, *rows: tuple) -> str:
+    """A table in Markdown."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

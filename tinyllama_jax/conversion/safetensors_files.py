@@ -1,7 +1,8 @@
-"""Safetensors files of a folder, one or several with an index: written and read by the tensor.
+"""Writes and reads the safetensors files of a folder, one tensor at a time.
 
-The library writes a file from tensors that are all in memory at once; a model need not fit there.
-It opens what is written here.
+A model is one file, or several with an index. The safetensors library needs all tensors of a file
+in memory to write it. Here a model may be larger than memory, so the files are written by hand, in
+a format of few rules. Reading goes through the library.
 """
 
 import json
@@ -18,19 +19,29 @@ from tinyllama_jax.errors import UserError, require
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# NumPy's names -> those of safetensors.
+# NumPy's names of dtypes -> those of safetensors.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def is_file_name(name: str) -> bool:
-    """Whether `write` may have given this name to a file."""
+    """Whether a file of this name may have been written by `write`."""
     return name in (ONE_FILE, INDEX) or (
         name.startswith("model-") and name.endswith(".safetensors") and "-of-" in name
     )
 
 
 def split(shapes: Mapping[str, tuple[int, ...]], dtype: str, max_bytes: int) -> list[list[str]]:
-    """The names of each file, in order: as many as fit into `max_bytes`, at least one."""
+    """Divides tensors among files, in their order.
+
+    Args:
+      shapes: the shapes of the tensors by name.
+      dtype: their dtype.
+      max_bytes: the size that the tensors of one file may have. A larger tensor gets a file of its
+        own.
+
+    Returns:
+      The names of the tensors of each file.
+    """
     files, size = [[]], 0
     for name, shape in shapes.items():
         needed = math.prod(shape) * np.dtype(dtype).itemsize
@@ -48,21 +59,24 @@ def write(
     max_bytes: int,
     stream: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes tensors as they come, in one file or in several with an index.
+    """Writes tensors to one file, or to several with an index, as they are produced.
 
     Args:
-      folder: where to write; it exists.
-      shapes: of every tensor, in the order in which they come.
-      dtype: of all of them, a key of `DTYPES`.
-      max_bytes: of the tensors of a file.
-      stream: (name, array).
+      folder: an existing folder to write to.
+      shapes: the shapes of all tensors by name, in the order in which `stream` yields them.
+      dtype: the dtype of all tensors, a key of `DTYPES`.
+      max_bytes: the size that the tensors of one file may have.
+      stream: yields the name and the array of each tensor.
     """
+    # The header of a file states the place of every tensor, so sizes must be known beforehand.
     files, tensors = split(shapes, dtype, max_bytes), iter(stream)
     names = [ONE_FILE]
     if len(files) > 1:
         names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     for file, held in zip(names, files, strict=True):
-        # The format: 8 bytes of length, JSON padded to a multiple of 8 bytes, the tensors' bytes.
+        # A file is the length of the header in 8 bytes, the header in JSON, padded with spaces to a
+        # multiple of 8 bytes so that tensors are aligned, and then the bytes of the tensors.
+        # transformers expects the metadata to say that the format is "pt", for PyTorch.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in held:
@@ -76,11 +90,12 @@ def write(
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for wanted in held:
+            for expected in held:
                 name, array = next(tensors)
-                assert (name, array.shape, array.dtype.name) == (wanted, shapes[name], dtype)
+                assert (name, array.shape, array.dtype.name) == (expected, shapes[name], dtype)
                 out.write(array.reshape(-1).view(np.uint8).data)
-                del array  # or it would still be there while the next one is read
+                # Otherwise two tensors would be in memory while the next one is produced.
+                del array
     if len(files) > 1:
         total = sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
         where = {name: file for file, held in zip(names, files, strict=True) for name in held}
@@ -89,10 +104,13 @@ def write(
 
 
 class Stored:
-    """The tensors of a folder, by name; only the headers are read before a tensor is asked for.
+    """The tensors of a folder by name, as a mapping that reads a tensor when it is asked for.
+
+    Opening reads the headers of the files alone.
 
     Raises:
-      UserError: no safetensors there, a damaged file, or an index that is not of these files.
+      UserError: the folder has no safetensors, a file is damaged, or the index does not match the
+        files.
     """
 
     def __init__(self, folder: Path):
@@ -126,10 +144,15 @@ class Stored:
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor in its own dtype."""
+        """Reads a tensor in its own dtype.
+
+        Raises:
+          UserError: the file is damaged, or the tensor holds values that are not finite.
+        """
         file = self.where[name]
         try:
-            # Opened each time: an open file stays mapped, and what was read of it in memory.
+            # The file is opened anew for each tensor. An open file stays mapped into memory, and
+            # with it everything that was read of it.
             with safetensors.safe_open(file, framework="numpy") as opened:
                 array = opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
@@ -142,6 +165,7 @@ class Stored:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
+    """The error for a file that the library cannot read."""
     return UserError(f"{file} is damaged ({error}): download or export it again.")
 
 
@@ -151,13 +175,16 @@ def is_weights_folder(folder: Path) -> bool:
 
 
 def index_of(folder: Path) -> dict[str, str]:
-    """Tensor -> file of a folder in several files; nothing for one in a single file.
+    """Reads the index of a folder, which says in which file each tensor is.
+
+    Returns:
+      Names of tensors -> names of files; nothing for a folder with a single file.
 
     Raises:
       UserError: the index is damaged, or names something other than a file of the folder.
     """
     file = folder / INDEX
-    # As in transformers, a single file comes first.
+    # Where there are both, transformers reads the single file and ignores the index.
     if (folder / ONE_FILE).is_file() or not file.is_file():
         return {}
     try:
@@ -178,10 +205,15 @@ def index_of(folder: Path) -> dict[str, str]:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises `UserError` if there are none, or one is gone."""
+    """The safetensors files of a folder.
+
+    Raises:
+      UserError: there are none, or one that the index names is missing.
+    """
     names = sorted(set(index_of(folder).values())) or [ONE_FILE]
     for name in names:
-        # Python's pickle can run anything, so it is not read here.
+        # A folder with PyTorch's .bin files instead is refused: they are pickles, which can run any
+        # code when they are opened.
         require(
             (folder / name).is_file(),
             f"There is no {folder / name}, be it in another format: open the folder with "

@@ -1,4 +1,4 @@
-"""A sentencepiece model as the tokenizer.json that transformers opens, with the same ids."""
+"""Converts a sentencepiece model into the tokenizer.json of transformers, with the same ids."""
 
 import struct
 from collections import defaultdict
@@ -10,16 +10,25 @@ import sentencepiece
 
 from tinyllama_jax.errors import UserError, require
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces in sentencepiece_model.proto
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # the kinds of pieces in sentencepiece_model.proto
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and raw values of a protobuf message: integers, or bytes for all other kinds.
+    """Reads the wire format of protobuf.
 
-    By hand, because sentencepiece's own classes import with one version of protobuf alone.
+    It is read by hand, because the protobuf module that sentencepiece ships imports only with a
+    protobuf newer than other packages allow, and sentencepiece's processor does not tell the kind
+    of a model.
+
+    Args:
+      message: the bytes of a protobuf message.
+
+    Yields:
+      The number and the raw value of each field: an integer, or bytes for all other kinds.
     """
 
     def varint() -> int:
+        """The integer at `at`, which has seven bits in each byte, the lowest first."""
         nonlocal at
         value = shift = 0
         while True:
@@ -30,6 +39,8 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     at = 0
     while at < len(message):
+        # The last three bits say how the value is stored: 0 as a varint, 1 in 8 bytes, 2 as bytes
+        # with their length before them, 5 in 4 bytes.
         number, kind = divmod(varint(), 8)
         if kind == 0:
             yield number, varint()
@@ -40,7 +51,14 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def special_tokens(tokenizer: Path) -> dict[str, int]:
-    """Ids of `unk_token`, `bos_token` and `eos_token`."""
+    """The ids of a sentencepiece model's special tokens.
+
+    Returns:
+      The ids under the names `unk_token`, `bos_token` and `eos_token`.
+
+    Raises:
+      UserError: the file is missing or no sentencepiece model, or the model lacks one of them.
+    """
     require(tokenizer.is_file(), f"There is no tokenizer {tokenizer}: give a sentencepiece model.")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
@@ -53,16 +71,19 @@ def special_tokens(tokenizer: Path) -> dict[str, int]:
 
 
 def read_pieces(tokenizer: Path) -> tuple[list[str], list[float], list[int], bool]:
-    """A sentencepiece BPE model that other runtimes can take over with the same ids.
+    """Reads a sentencepiece BPE model, if other runtimes can reproduce its ids exactly.
 
     Returns:
-      By id the pieces, their scores and their kinds; and whether a space goes before a text.
+      The pieces, their scores and their kinds, each in the order of the ids; and whether a space is
+      put before every text.
 
     Raises:
-      UserError: no such file, no sentencepiece model, or one that they cannot express exactly.
+      UserError: the file is missing or no sentencepiece model, or other runtimes would give other
+        ids for some text.
     """
-    special_tokens(tokenizer)
-    # Numbers and defaults of the fields are those of sentencepiece_model.proto.
+    special_tokens(tokenizer)  # raises if the file is no sentencepiece model
+    # The numbers and defaults of the fields are those of sentencepiece_model.proto. Protobuf leaves
+    # out a field that has its default.
     pieces, trainer, normalizer = [], {3: 1, 24: 0, 35: 0}, {2: b"", 3: 1, 4: 1, 5: 1}
     for number, value in protobuf_fields(tokenizer.read_bytes()):
         if number == 1:
@@ -73,6 +94,8 @@ def read_pieces(tokenizer: Path) -> tuple[list[str], list[float], list[int], boo
     all_scores = [struct.unpack("<f", piece[2])[0] for piece in pieces]
     kinds = [piece[3] for piece in pieces]
     scores = _normal(names, all_scores, kinds)
+    # Pieces with one score in common. Which of them merges first is sentencepiece's choice, and
+    # other runtimes may choose otherwise.
     equals = defaultdict(list)
     for name, score in scores.items():
         if len(name) > 1:
@@ -86,7 +109,8 @@ def read_pieces(tokenizer: Path) -> tuple[list[str], list[float], list[int], boo
         "treat_whitespace_as_suffix=False": not trainer[24],
         "user_defined_symbols=[]": set(kinds) <= {NORMAL, UNKNOWN, CONTROL, BYTE},
         "a piece for every character": all(c in scores for name in scores for c in name),
-        # Runs of one character are no trouble, see below.
+        # Runs of one character may share a score: `tokenizer_json` sorts them as sentencepiece
+        # merges them. Llama 2 has such pieces, all runs of spaces.
         "a score of its own for every piece": all(
             len(group) == 1 or len(set("".join(group))) == 1 for group in equals.values()
         ),
@@ -100,31 +124,35 @@ def read_pieces(tokenizer: Path) -> tuple[list[str], list[float], list[int], boo
 
 
 def _normal(names: list[str], scores: list[float], kinds: list[int]) -> dict[str, float]:
-    """Scores of the pieces that merges make."""
+    """The scores of the pieces that come about by merging others."""
     table = zip(names, scores, kinds, strict=True)
     return {name: score for name, score, kind in table if kind == NORMAL}
 
 
 def tokenizer_json(tokenizer: Path) -> dict[str, Any]:
-    """The content of tokenizer.json: a sentencepiece BPE model as transformers' own BPE.
+    """Makes the content of a tokenizer.json, in which transformers' own BPE does the merging.
 
     Args:
       tokenizer: the sentencepiece model.
 
     Raises:
-      UserError: no such file, no sentencepiece model, or one that this cannot express exactly.
+      UserError: the file is missing or no sentencepiece model, or transformers would give other ids
+        for some text.
     """
     tokenizer = Path(tokenizer)
     names, all_scores, kinds, prefix = read_pieces(tokenizer)
     scores = _normal(names, all_scores, kinds)
+    # sentencepiece has scores of pieces, where transformers' BPE has a ranked list of merges. Every
+    # way to cut a piece into two others is a merge.
     merges = [
         (name[:cut], name[cut:])
         for name in scores
         for cut in range(1, len(name))
         if name[:cut] in scores and name[cut:] in scores
     ]
-    # sentencepiece merges the best score first and the leftmost of equals. Llama 2 gives all runs
-    # of spaces one score: among them the leftmost is the run that has already grown longest.
+    # sentencepiece merges the pair with the best score first, and among equal scores the leftmost.
+    # Llama 2 gives all runs of spaces the same score. Among those the leftmost pair is the one
+    # whose left part has grown longest.
     merges.sort(key=lambda merge: (-scores["".join(merge)], -len(merge[0])))
     space = {"String": "\u2581"}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

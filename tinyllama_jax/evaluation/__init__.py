@@ -1,1 +1,1 @@
-"""How good a model is: held-out loss, tasks and published scores."""
+"""Measures how good a model is: its held-out loss, and task scores beside published ones."""

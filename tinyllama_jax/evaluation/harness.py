@@ -1,7 +1,8 @@
-"""The model as lm-evaluation-harness asks it, and its tasks; needs the eval extra.
+"""Scores a model with the tasks of lm-evaluation-harness (lm-eval), which the eval extra installs.
 
-Source of what a request means: lm-eval's own documentation of `lm_eval.api.model.LM`. A test holds
-every answer against lm-eval's `hf` model on the exported weights.
+lm-eval asks a model three kinds of questions, which its class `lm_eval.api.model.LM` documents.
+`TinyLlamaLM` answers them. A test compares every answer with that of lm-eval's own `hf` model on
+the exported weights.
 
 Shapes: B rows, T tokens, S = T + 1.
 """
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import track
 from sentencepiece import SentencePieceProcessor
@@ -32,8 +34,9 @@ from tinyllama_jax.inference.generate import GREEDY, Sampler, for_decoding, gene
 from tinyllama_jax.model import llama
 from tinyllama_jax.runtime.mesh import batch_sharding, process_rows, put_batch
 
-# Read where they are imported: `datasets` would tell a server of each file that it opens, and
-# lm-eval would fork this process, whose threads are JAX's, for standard errors.
+# Both libraries read these variables when they are imported, so they are set before. `datasets`
+# would otherwise report each file that it opens to a server. lm-eval would fork this process to
+# compute standard errors, which can hang a process in which JAX has threads.
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ["DISABLE_MULTIPROC"] = "1"
 try:
@@ -52,32 +55,47 @@ except ImportError as error:
     ) from error
 
 if HF_HUB_OFFLINE:
-    os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")  # metrics have a switch of their own
-set_verbosity_error()  # it warns of what is meant: data that is on this machine already
-# Its bar for each task's prompts is gone in a blink, and would stand between the lines of a run.
+    # Metrics have a switch of their own, which somebody who works offline would otherwise miss.
+    os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
+# `datasets` warns when it uses data that is already on this machine, which is intended here.
+set_verbosity_error()
+# lm-eval shows a progress bar while it builds a task's prompts. It takes a moment and would be left
+# between the lines of a training run.
 lm_eval.api.task.tqdm = functools.partial(lm_eval.api.task.tqdm, disable=True)
 
-BATCH_TOKENS = 4096  # of a device at once, padding included
-PROMPTS = 16  # of a device that are continued at once
-SHORTEST = 32  # tokens of the shortest rows; longer ones double up to the context
-MAX_NEW_TOKENS = 256  # of a task that does not say, as of lm-eval's `hf`
-# Of samples whose task does not say, as of transformers' `generate`.
+BATCH_TOKENS = 4096  # tokens that a device scores at once, padding included
+PROMPTS = 16  # prompts that a device continues at once
+SHORTEST = 32  # length of the shortest rows; the other lengths are its doubles, up to the context
+# The defaults of tasks that do not say: the first is that of lm-eval's `hf` model, the others are
+# those of transformers' `generate`.
+MAX_NEW_TOKENS = 256
 TOP_K, TOP_P = 50, 1.0
-# What else a task may say, since it changes nothing.
+# Further options that a task may state, because with these values they change nothing.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "typical_p": 1.0}
-BOOTSTRAP = 1000  # draws for the standard errors that have no formula
-FEWSHOT_SEED = 1234  # lm-eval's default
+BOOTSTRAP = 1000  # draws for the standard errors of metrics that have no formula for it
+FEWSHOT_SEED = 1234  # lm-eval's default, so that prompts have the same examples as elsewhere
 
 Scorer = Callable[[llama.Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def make_scorer(
-    model: LlamaConfig, mesh: Mesh, dtype, execution: ExecutionConfig = ExecutionConfig()
+    model: LlamaConfig, mesh: Mesh, dtype: DTypeLike, execution: ExecutionConfig = ExecutionConfig()
 ) -> Scorer:
-    """The compiled `score(weights, tokens_BS, counts_BT)`: of each row, the log-probability of the
-    tokens that count, and whether each of them is the likeliest; whole on every process."""
+    """Makes the compiled function `score(weights, tokens_BS, counts_BT)`.
+
+    For each row it returns the log-probability of the tokens that count, and whether each of them
+    was the likeliest in its place. Every process gets the results of all rows.
+
+    Args:
+      model: the model.
+      mesh: the mesh that the rows are spread over.
+      dtype: the dtype to compute in.
+      execution: how to compute attention and the loss.
+    """
 
     def score(weights, tokens_BS, counts_BT):
+        # Gains are folded in before weights are rounded, as in training. The constraint gathers the
+        # rounded weights on every device once, instead of wherever the compiler comes to one.
         weights = jax.tree.map(lambda w: w.astype(dtype), llama.fold_gains(weights))
         weights = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
         scores_BT, likeliest_BT = llama.next_token_scores(model, weights, tokens_BS, execution)
@@ -89,23 +107,24 @@ def make_scorer(
 
 
 class TinyLlamaLM(TemplateLM):
-    """A model on a mesh, as lm-eval asks it.
+    """A model on a mesh that answers lm-eval's questions.
 
-    Rows of like length go together, the longest first, over all devices. Of several processes each
-    asks the same and hears the same: to lm-eval they are one.
+    Each of several processes runs lm-eval by itself, asks the same questions and gets the same
+    answers. lm-eval's own support for several processes would divide the questions among them, but
+    here every batch of questions is spread over all devices.
 
-    A text gets no bos, as in training, and as where the original's scores come from (lm-eval's
-    `hf-causal` of 2023). Its `hf` of today adds one if a folder's tokenizer asks for it; exports of
-    `tinyllama convert` do not.
+    Texts get no beginning-of-sequence token. There is none in training, and the original's scores
+    were measured without one (lm-eval's `hf-causal` model of 2023). lm-eval's `hf` model of today
+    adds one if the tokenizer in a folder asks for it, which exports of `tinyllama convert` do not.
 
     Args:
-      model: its shape.
-      tokenizer: that it was trained with.
-      mesh: the devices, set as JAX's mesh while there are questions.
-      scorer: from `make_scorer` for this model and mesh.
-      dtype: to generate in.
-      weights: in any dtype, on the devices of the mesh.
-      quiet: no progress bar.
+      model: the model.
+      tokenizer: the tokenizer that the model was trained with.
+      mesh: the mesh to compute on. It must be set as JAX's mesh while lm-eval asks.
+      scorer: the scoring function, from `make_scorer` for this model and mesh.
+      dtype: the dtype to generate in.
+      weights: the weights in any float dtype, on the devices of the mesh.
+      quiet: whether to show no progress bar.
     """
 
     def __init__(
@@ -114,7 +133,7 @@ class TinyLlamaLM(TemplateLM):
         tokenizer: SentencePieceProcessor,
         mesh: Mesh,
         scorer: Scorer,
-        dtype,
+        dtype: DTypeLike,
         weights: llama.Weights,
         *,
         quiet: bool = False,
@@ -128,20 +147,28 @@ class TinyLlamaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a document."""
         return EOS
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text follows where there is no context."""
+        """The token that stands before the first token of a text that has no context."""
         return BOS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """The tokens of a text, without special ones whatever lm-eval asks for."""
         return self._tokenizer.encode(string)
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # there is a bar below
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation, and whether it is the likeliest one."""
+        # lm-eval's class turns texts into tokens and calls `_loglikelihood_tokens`. That shows a
+        # progress bar of its own.
+        return super().loglikelihood(requests, disable_tqdm=True)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, which may be longer than the context."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             (text,) = request.args
@@ -159,7 +186,9 @@ class TinyLlamaLM(TemplateLM):
             sums[index] += score
         return sums
 
-    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_
+    ) -> list[tuple[float, bool]]:
         rows = []
         for _, context, continuation in requests:
             require(
@@ -167,8 +196,11 @@ class TinyLlamaLM(TemplateLM):
                 f"A task asks for an answer of {len(continuation)} tokens and the model's context "
                 f"is {self._model.context}: leave the task out.",
             )
-            # Too long: cut on the left. The last token is only predicted.
+            # A row that is too long loses its beginning. It may have one token more than the
+            # context, because the last one is predicted and not read.
             rows.append(((context + continuation)[-self._model.context - 1 :], len(continuation)))
+        # Rows of similar length go together, so that little is padding, and the longest go first: a
+        # batch that does not fit into memory fails at once.
         by_length = defaultdict(list)
         for index in sorted(range(len(rows)), key=lambda index: -len(rows[index][0])):
             by_length[_padded(len(rows[index][0]) - 1, self._model.context)].append(index)
@@ -179,6 +211,7 @@ class TinyLlamaLM(TemplateLM):
 
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         for T, B, indices in self._bar(batches, "scoring"):
+            # Padding stands behind a row's tokens, where causal attention does not see it.
             tokens_BS = np.zeros((B, T + 1), np.int32)
             counts_BT = np.zeros((B, T), bool)
             for row, index in enumerate(indices):
@@ -192,32 +225,39 @@ class TinyLlamaLM(TemplateLM):
                 answers[index] = float(sums_B[row]), bool(likeliest_B[row])
         return answers
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues prompts, each as its task wants it."""
         weights = jax.tree.map(lambda w: jnp.asarray(w).astype(self._dtype), self._weights)
         weights = for_decoding(weights)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        wishes = [read_wish(request.task_name, request.args[1]) for request in requests]
+        options = [
+            read_generation_options(request.task_name, request.args[1]) for request in requests
+        ]
+        # A batch shares its options, and the longest prompts go first: a model that does not fit
+        # into memory fails at once.
         alike = defaultdict(list)
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
-            alike[wishes[index]].append(index)
+            alike[options[index]].append(index)
         B = PROMPTS * self._mesh.size
         batches = [
-            (wish, at, indices[at : at + B])
-            for wish, indices in alike.items()
+            (shared, at, indices[at : at + B])
+            for shared, indices in alike.items()
             for at in range(0, len(indices), B)
         ]
         texts = [""] * len(requests)
-        for wish, at, indices in self._bar(batches, "generating"):
-            ends = [*wish.until, self._tokenizer.id_to_piece(EOS)]
-            # Too long: cut on the left, so that all new tokens have room.
-            room = self._model.context - wish.max_tokens
+        for shared, at, indices in self._bar(batches, "generating"):
+            ends = [*shared.until, self._tokenizer.id_to_piece(EOS)]
+            # A prompt that is too long loses its beginning, so that all new tokens have room.
+            room = self._model.context - shared.max_tokens
             new = generate(
                 self._model,
                 weights,
                 [prompts[index][-room:] or [self.prefix_token_id] for index in indices],
-                max_tokens=wish.max_tokens,
-                sampler=wish.sampler,
-                seed=at,  # a sample hangs on its place among all, however many go together
+                max_tokens=shared.max_tokens,
+                sampler=shared.sampler,
+                # Row r of a batch draws by seed + r, so a sample depends on its place among all
+                # prompts and not on how many fit into a batch.
+                seed=at,
                 eos=EOS,
                 stop=lambda ids, ends=ends: any(end in self._tokenizer.decode(ids) for end in ends),
             )
@@ -227,39 +267,45 @@ class TinyLlamaLM(TemplateLM):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
-    """What a task wants of the texts that follow its prompts."""
+class GenerationOptions:
+    """How a task wants its prompts to be continued."""
 
     until: tuple[str, ...]
+    """Strings that end a text."""
     max_tokens: int
+    """The most new tokens."""
     sampler: Sampler
 
 
-def read_wish(task: str, given: Mapping[str, Any]) -> Wish:
-    """A task's `generation_kwargs` as lm-eval's `hf` model and transformers understand them.
+def read_generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions:
+    """Reads a task's `generation_kwargs` as lm-eval's `hf` model and transformers would.
+
+    Args:
+      task: the name of the task, for messages.
+      given: its `generation_kwargs`.
 
     Raises:
-      UserError: what is not done here, or would fail there.
+      UserError: an option is not supported here, or transformers would refuse its value.
     """
-    how: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
-    until = tuple(end for end in how.pop("until") if end)
-    max_tokens, do_sample = how.pop("max_gen_toks"), how.pop("do_sample")
-    temperature = float(how.pop("temperature", 0.0))
-    top_k, top_p = how.pop("top_k", None), how.pop("top_p", None)
-    for name, value in how.items():
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
+    until = tuple(end for end in kwargs.pop("until") if end)
+    max_tokens, do_sample = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+    temperature = float(kwargs.pop("temperature", 0.0))
+    top_k, top_p = kwargs.pop("top_k", None), kwargs.pop("top_p", None)
+    for name, value in kwargs.items():
         require(
             name in NEUTRAL and value == NEUTRAL[name],
             f"{task} wants texts with {name} = {value!r}, which is not done here: leave it out.",
         )
     if not do_sample:
-        return Wish(until, max_tokens, GREEDY)
+        return GenerationOptions(until, max_tokens, GREEDY)
     require(
         temperature > 0,
         f"{task} wants samples but tells no temperature above 0: its generation_kwargs need one.",
     )
     top_k, top_p = TOP_K if top_k is None else top_k, TOP_P if top_p is None else top_p
     try:
-        return Wish(until, max_tokens, Sampler(temperature, int(top_k), float(top_p)))
+        return GenerationOptions(until, max_tokens, Sampler(temperature, int(top_k), float(top_p)))
     except UserError:
         raise UserError(
             f"{task} wants samples with top_k = {top_k} and top_p = {top_p}, which cannot be: "
@@ -268,23 +314,29 @@ def read_wish(task: str, given: Mapping[str, Any]) -> Wish:
 
 
 def _padded(T: int, context: int) -> int:
-    """Tokens of the rows that hold T, so that few programs serve all lengths."""
+    """The length to which rows of T tokens are padded: powers of 2, and the context.
+
+    Every length is a program to compile, so there are only a few.
+    """
     return min(context, max(SHORTEST, 1 << (T - 1).bit_length()))
 
 
 class Tasks:
-    """Tasks with their data, and the compiled function that scores their texts.
+    """A set of tasks with their data, and the compiled function that scores texts.
+
+    A training run makes one and scores its weights with it again and again.
 
     Args:
-      names: of tasks, groups or tags of lm-eval, of suites of `SUITES`, or of own task files.
-      model: that will be asked.
-      tokenizer: that it was trained with.
-      mesh: the devices.
-      dtype: to compute in.
-      limit: only the first documents of each task.
-      include_path: folder of own task files.
-      execution: how.
-      quiet: no progress bars of ours.
+      names: names of lm-eval's tasks, groups or tags, of suites in `scores.SUITES`, or of tasks in
+        the user's own files.
+      model: the model that will be scored.
+      tokenizer: the tokenizer that the model was trained with.
+      mesh: the mesh to compute on.
+      dtype: the dtype to compute in.
+      limit: the number of documents to score of each task; None scores all.
+      include_path: a folder with the user's own task files.
+      execution: how to compute attention and the loss.
+      quiet: whether to show no progress bars.
 
     Raises:
       UserError: as `load_tasks`.
@@ -296,7 +348,7 @@ class Tasks:
         model: LlamaConfig,
         tokenizer: SentencePieceProcessor,
         mesh: Mesh,
-        dtype,
+        dtype: DTypeLike,
         *,
         limit: int | None = None,
         include_path: Path | None = None,
@@ -311,14 +363,14 @@ class Tasks:
         )
 
     def score(self, weights: llama.Weights) -> TaskScores:
-        """What lm-eval makes of the answers; `jax.set_mesh` holds the mesh.
+        """Scores a model. The mesh must be set as JAX's mesh (`jax.set_mesh`).
 
         Args:
-          weights: in any dtype, on the devices of the mesh.
+          weights: the weights in any float dtype, on the devices of the mesh.
 
         Returns:
-          {task or group: {metric: value}}. Where a task counts under several filters of the
-          answers, the first.
+          Task or group -> metric -> value. If a task extracts answers by several filters, the first
+          one counts.
         """
         results: Any = evaluate(
             self._lm(weights),
@@ -328,30 +380,32 @@ class Tasks:
             bootstrap_iters=BOOTSTRAP,
             confirm_run_unsafe_code=code_allowed(),
         )
-        found: dict[str, dict[str, float]] = {}
+        scores: dict[str, dict[str, float]] = {}
         for task, values in results["results"].items():
             for name, value in values.items():
-                metric, _, answers = name.partition(",")
-                if answers and isinstance(value, int | float):
-                    found.setdefault(task, {}).setdefault(metric, float(value))
-        return found
+                # lm-eval names a value "metric,filter"; other keys, such as "alias", are no values.
+                metric, _, answer_filter = name.partition(",")
+                if answer_filter and isinstance(value, int | float):
+                    scores.setdefault(task, {}).setdefault(metric, float(value))
+        return scores
 
 
 def load_tasks(
     names: Sequence[str], model: LlamaConfig, include_path: Path | None = None
 ) -> Mapping[str, Any]:
-    """Tasks with their data, as lm-eval's evaluator takes them.
+    """Loads tasks with their data, in the form that lm-eval's evaluator takes.
 
-    What is neither on this machine nor offline (`HF_HUB_OFFLINE=1`) is downloaded by lm-eval.
+    lm-eval downloads data that is not on this machine, unless `HF_HUB_OFFLINE=1` is set.
 
     Args:
-      names: of tasks, groups or tags of lm-eval, of suites of `SUITES`, or of own task files.
-      model: that will be asked.
-      include_path: folder of own task files.
+      names: names of lm-eval's tasks, groups or tags, of suites in `scores.SUITES`, or of tasks in
+        the user's own files.
+      model: the model that will be scored.
+      include_path: a folder with the user's own task files.
 
     Raises:
-      UserError: an unknown name, a dataset that cannot be had, or a task that
-        the model cannot do.
+      UserError: a name is unknown, a dataset is not here and cannot be downloaded, or a task asks
+        for something that the model cannot do.
     """
     require(
         include_path is None or include_path.is_dir(),
@@ -362,6 +416,7 @@ def load_tasks(
         suite = SUITES.get(name)
         shots |= {c.task: c.shots for c in suite.columns} if suite else {name: None}
     require(len(shots) > 0, f"Name a task, or one of {', '.join(SUITES)}.")
+    # lm-eval's own tasks are indexed only if the user's files do not have all the names.
     manager = _task_manager(include_path, include_path is None)
     if any(name not in manager.all_subtasks for name in shots):
         manager = _task_manager(include_path, True)
@@ -380,25 +435,28 @@ def load_tasks(
     )
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, count in shots.items():
-        found = _load(manager, name)
-        for task in found["tasks"].values():
+        task_set = _load(manager, name)
+        for task in task_set["tasks"].values():
+            # A suite decides the number of examples, and otherwise the task's own file. lm-eval
+            # needs a number in any case.
             if count is not None or task.config.num_fewshot is None:
                 task.set_config(key="num_fewshot", value=count or 0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             _check_task(task, model, allowed)
         for kind in loaded:
-            loaded[kind] |= found.get(kind, {})
+            loaded[kind] |= task_set.get(kind, {})
     return loaded
 
 
 @functools.cache
 def _task_manager(include_path: Path | None, include_defaults: bool) -> TaskManager:
-    """lm-eval's index of task files; of its own, more than ten thousand, that takes seconds."""
+    """lm-eval's index of task files, which takes seconds to build for its own ten thousand."""
     own = None if include_path is None else str(include_path)
     return TaskManager(include_path=own, include_defaults=include_defaults)
 
 
 def _load(manager: TaskManager, name: str) -> Mapping[str, Any]:
+    """Loads one task, group or tag with its data."""
     try:
         return manager.load([name])
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
@@ -409,8 +467,8 @@ def _load(manager: TaskManager, name: str) -> Mapping[str, Any]:
         ) from error
 
 
-def _check_task(task, model: LlamaConfig, code_is_allowed: bool) -> None:
-    """Raises `UserError` for what would only fail hours later."""
+def _check_task(task: Any, model: LlamaConfig, code_is_allowed: bool) -> None:
+    """Raises `UserError` for a task that would only fail when its turn comes, hours later."""
     require(
         code_is_allowed or not getattr(task, "UNSAFE_CODE", False),
         f"{task.config.task} runs the programs that the model writes, on this machine: set "
@@ -418,14 +476,17 @@ def _check_task(task, model: LlamaConfig, code_is_allowed: bool) -> None:
     )
     if task.OUTPUT_TYPE != "generate_until":
         return
-    wish = read_wish(task.config.task, task.config.generation_kwargs or {})
+    options = read_generation_options(task.config.task, task.config.generation_kwargs or {})
     require(
-        wish.max_tokens < model.context,
-        f"{task.config.task} asks for up to {wish.max_tokens} new tokens and the model's context "
-        f"is {model.context}: leave it out.",
+        options.max_tokens < model.context,
+        f"{task.config.task} asks for up to {options.max_tokens} new tokens and the model's "
+        f"context is {model.context}: leave it out.",
     )
 
 
 def code_allowed() -> bool:
-    """Whether programs that a model writes may run here, by the switch of Hugging Face's metric."""
+    """Whether programs that a model writes may run on this machine.
+
+    The user allows it by the environment variable that Hugging Face's metric for code reads.
+    """
     return os.environ.get("HF_ALLOW_CODE_EVAL") == "1"

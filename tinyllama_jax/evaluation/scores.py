@@ -1,4 +1,7 @@
-"""Scores of the original's tasks: what was published, and a run's own beside it."""
+"""The suites of tasks that the original TinyLlama was scored on, and its published scores.
+
+Tables show a run's own scores below the published ones, and results.json keeps them.
+"""
 
 import dataclasses
 import json
@@ -19,38 +22,46 @@ FILE = "results.json"
 SOURCE = "TinyLlama's repository, model cards and paper (arXiv 2401.02385)"
 
 TaskScores = Mapping[str, Mapping[str, float]]
-"""{task or group: {metric: value}}, a standard error as `<metric>_stderr`."""
+"""Task or group -> metric -> value. The standard error of a metric is called `<metric>_stderr`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One task of a suite, as the original scored it."""
+    """One task of a suite, with the metric and the settings that the original used."""
 
     title: str
+    """The heading in the table."""
     task: str
-    """lm-eval's name of the task or group."""
+    """lm-evaluation-harness's name of the task or of the group of tasks."""
     metric: str
+    """lm-evaluation-harness's name of the metric."""
     shots: int
+    """The number of solved examples in each prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One row of a published table, in percent; no scores where only the mean is known."""
+    """One row of a published table, in percent."""
 
     model: str
+    """The name of the model, or the step of a TinyLlama checkpoint."""
     tokens: str
+    """The number of tokens that the model was trained on."""
     scores: tuple[float, ...]
+    """A score for each column of the suite; empty if only the mean was published."""
     mean: float | None = None
-    """As published: that of step 1431k is not quite that of its scores."""
+    """The mean as it was published. At step 1431k it differs slightly from the mean of the scores.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tasks that are shown as one table."""
+    """A set of tasks that are shown together as one table."""
 
     columns: tuple[Column, ...]
     published: tuple[Published, ...]
     note: str
+    """A line below the table that says how the tasks were scored."""
 
 
 SUITES = {
@@ -104,25 +115,29 @@ SUITES = {
 }
 
 
-def render(name: str, found: TaskScores, asked: Sequence[str], limit: int | None) -> RenderableType:
-    """Tables for a terminal: each suite asked for beside what was published, then the others.
+def render(
+    name: str, scores: TaskScores, asked: Sequence[str], limit: int | None
+) -> RenderableType:
+    """Makes tables for the terminal: a table for each suite that was asked for, and one for the
+    other tasks.
 
     Args:
-      name: of the model.
-      found: what `harness.Tasks.score` gives.
-      asked: names as the user gave them.
-      limit: documents of a task, if not all.
+      name: the name of the model.
+      scores: the scores, from `harness.Tasks.score`.
+      asked: the names of suites and tasks that the user gave.
+      limit: the number of documents that were scored of each task; None if all were.
     """
     shown: list[RenderableType] = []
     if limit is not None:
         cut = f" Only the first {limit} documents of each task: not to be compared."
         shown += [Text(cut, style="bold yellow"), ""]
-    others = dict(found)
+    others = dict(scores)
     for suite in (SUITES[suite] for suite in asked if suite in SUITES):
         note = f" {suite.note}. Published: {SOURCE}."
-        shown += [_beside_published(name, found, suite), Text(note, style="dim"), ""]
-        # A group, such as MMLU, comes with each of its subjects.
-        for task in [task for column in suite.columns for task in found if _within(task, column)]:
+        shown += [_beside_published(name, scores, suite), Text(note, style="dim"), ""]
+        # lm-eval also reports each part of a group, such as MMLU's 57 subjects. Only the group is a
+        # column, and its parts are not shown.
+        for task in [task for column in suite.columns for task in scores if _within(task, column)]:
             others.pop(task, None)
     if others:
         shown.append(_plain(others))
@@ -130,11 +145,15 @@ def render(name: str, found: TaskScores, asked: Sequence[str], limit: int | None
 
 
 def _within(task: str, column: Column) -> bool:
+    """Whether a task is the column's task or a part of the column's group."""
     return task == column.task or task.startswith(f"{column.task}_")
 
 
-def _beside_published(name: str, found: TaskScores, suite: Suite) -> Table:
-    """Fits 80 columns; a mean only where means were published."""
+def _beside_published(name: str, scores: TaskScores, suite: Suite) -> Table:
+    """A suite's table: published rows first, the model's own row last. It fits into 80 columns.
+
+    The column for the mean exists only in suites whose means were published.
+    """
     table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     titles = [column.title for column in suite.columns]
@@ -148,47 +167,53 @@ def _beside_published(name: str, found: TaskScores, suite: Suite) -> Table:
             cells.append(f"{row.mean:.2f}")
         table.add_row(row.model, row.tokens, *cells, style="dim")
     table.add_section()
-    own = [100 * found[column.task][column.metric] for column in suite.columns]
+    own = [100 * scores[column.task][column.metric] for column in suite.columns]
     if has_means:
         own.append(sum(own) / len(own))
     table.add_row(name, "", *(f"{score:.2f}" for score in own), style="bold")
     return table
 
 
-def _plain(found: TaskScores) -> Table:
+def _plain(scores: TaskScores) -> Table:
+    """A table of tasks without published scores, with a row for each metric."""
     table = Table(box=box.HORIZONTALS, show_edge=False)
     for title in ("task", "metric"):
         table.add_column(title, no_wrap=True)
     for title in ("value", "standard error"):
         table.add_column(title, justify="right")
-    for task, values in found.items():
+    for task, values in scores.items():
         for metric, value in values.items():
             if metric.endswith("_stderr"):
                 continue
             error = values.get(f"{metric}_stderr", math.nan)
+            # lm-eval knows no standard error for some metrics.
             shown = "" if math.isnan(error) else f"{error:.4f}"
             table.add_row(task, metric, f"{value:.4f}", shown)
     return table
 
 
-def write_results(run: Path, step: int, found: TaskScores, limit: int | None) -> None:
-    """Adds scores to a run's results.json: {step: {task: {metric: value}}}.
+def write_results(run: Path, step: int, scores: TaskScores, limit: int | None) -> None:
+    """Adds scores to a run's results.json, whose form is {step: {task: {metric: value}}}.
+
+    Scores of the same task and step replace earlier ones. Each task also notes `limit` and the
+    version of lm-evaluation-harness, since scores with another limit or version do not compare.
 
     Args:
       run: the run folder.
-      step: of the checkpoint.
-      found: what `harness.Tasks.score` gives.
-      limit: documents of a task, if not all.
+      step: the step of the checkpoint.
+      scores: the scores, from `harness.Tasks.score`.
+      limit: the number of documents that were scored of each task; None if all were.
 
     Raises:
-      UserError: the file of an earlier evaluation is damaged.
+      UserError: the results.json of an earlier evaluation is damaged.
     """
     file = run / FILE
     try:
         steps = json.loads(file.read_text()) if file.exists() else {}
         tasks = steps.setdefault(str(step), {})
         how = {"limit": limit, "lm_eval": version("lm_eval")}
-        tasks |= {task: {**values, **how} for task, values in found.items()}
+        tasks |= {task: {**values, **how} for task, values in scores.items()}
+    # A file that is valid JSON but has another form fails in one of the lines above.
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{file} is damaged: move it away.") from None
     write_aside(file, json.dumps(steps, indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""What a compiled step is, and where its time goes."""
+"""Reads what a compiled step does, predicts its time, and measures where the time goes."""

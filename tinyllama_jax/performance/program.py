@@ -1,7 +1,8 @@
-"""What a compiled step does, read off its schedule: memory, FLOPs, traffic and collectives.
+"""Reads what a compiled step does from its text: memory, FLOPs, memory traffic and collectives.
 
-The schedule is XLA's own text of the program (HLO): one computation after the other, each with its
-instructions in the order in which a GPU is given them. Figures are of one device and one step.
+The text is the one that XLA prints of an optimized program (HLO). It lists computations, and the
+instructions of each in the order in which a GPU receives them. All figures are for one device and
+one step.
 """
 
 import dataclasses
@@ -25,74 +26,78 @@ ITEM_BYTES = {
     **dict.fromkeys(("f64", "s64", "u64"), 8),
     "token": 0,
 }
-# Instructions that name or order arrays and move nothing.
+# Opcodes that name or order arrays and move no data.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota"}
-# Instructions that only run other computations.
+# Opcodes that only run other computations.
 CONTROL = {"while", "call", "conditional"}
-OPTIMIZER_SCOPE = "optimizer"  # what step.py names the update by
-# What the kernels of libraries, which name themselves, have in their names; the first that fits.
+OPTIMIZER_SCOPE = "optimizer"  # the jax.named_scope around the update in training/step.py
+# Kernels of libraries carry names that no instruction has, so a part of the name tells their kind.
+# The first pattern that matches decides.
 LIBRARY_KERNELS: tuple[tuple[Kind, str], ...] = (
     ("attention", r"fmha|sdpa|cudnn|flash"),
     ("matmul", r"nvjet|gemm|cutlass|xmma|cublas"),
     ("communication", r"nccl"),
     ("memory", r"(?i)^mem(cpy|set)"),
 )
-# Matrix products of T x T x H in each of our kernels, a head (Dao 2023, algorithms 1 and 2).
+# Number of T x T x H matrix products that each of our kernels does for one head (Dao 2023,
+# FlashAttention-2, algorithms 1 and 2). Each backward kernel computes the scores again.
 KERNEL_PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices."""
+    """One exchange of arrays between devices."""
 
     kind: str
-    """One of `COLLECTIVES`."""
+    """The operation, one of `COLLECTIVES`."""
     dtype: str
-    """As HLO writes it: `bf16`, `f32`."""
+    """The dtype that is sent, as HLO writes it: `bf16` or `f32`."""
     bytes: int
-    """Of the whole arrays: what an all-gather gives, or a reduce-scatter takes."""
+    """Size of the whole arrays: the result of an all-gather, the argument of a reduce-scatter."""
     devices: int
-    """How many take part."""
+    """The number of devices that take part."""
     asynchronous: bool
-    """Whether other work may run meanwhile."""
+    """Whether other instructions may run between its start and its end."""
     overlapped_flops: int
-    """Of matrix products and attention scheduled between its start and its end."""
+    """FLOPs of the matrix products and attention scheduled between its start and its end."""
     overlapped_bytes: int
-    """Of all other memory traffic scheduled there."""
+    """Memory traffic of all other instructions scheduled between its start and its end."""
     times: int
-    """How often a step runs it."""
+    """How often a step runs this collective."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step."""
+    """The memory, work and collectives of a compiled step."""
 
     peak_bytes: int | None
-    """Memory at most, without what NCCL and cuBLAS take for themselves; None: it is not told, as of
-    some programs that come from a cache on disk."""
+    """Peak device memory, without the buffers that NCCL and cuBLAS allocate themselves. It is None
+    where JAX cannot tell it, as for some programs loaded from the compilation cache on disk."""
     donated_bytes: int | None
-    """Of arguments whose memory the results take over."""
+    """Size of the arguments whose memory is reused for results; None like `peak_bytes`."""
     collectives: tuple[Collective, ...]
-    """In the order of the schedule."""
+    """All collectives, in the order of the schedule."""
     matmul_flops: int
+    """FLOPs of the matrix products outside attention."""
     attention_flops: int
-    """Of our kernels, with what their backward passes compute again, the causal half alone; or of
-    the products of plain JAX."""
+    """FLOPs of attention. Our kernels count the causal half and everything that their backward
+    passes compute again; plain JAX's attention counts its matrix products in full."""
     other_bytes: int
-    """Read and written by whatever is neither a matrix product nor attention."""
+    """Memory traffic, reads and writes, of all that is neither a matrix product nor attention."""
     optimizer_bytes: int
-    """Of these, the optimizer's."""
+    """The part of `other_bytes` that the optimizer causes."""
 
 
 def read_program(compiled: jax.stages.Compiled) -> Program:
-    """Reads a program that was compiled for GPUs.
+    """Reads the figures of a program that was compiled for GPUs.
 
     Raises:
-      ValueError: a loop whose number of rounds the compiler did not find out.
+      ValueError: the program has a loop whose trip count the compiler did not determine.
     """
     try:
         memory: Any = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError:
+        # Some programs from the compilation cache raise here. The rest can still be read.
         memory = None
     schedule = _Schedule(compiled.as_text() or "")
     work = schedule.work(schedule.entry)
@@ -112,11 +117,15 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
 
 
 def read_kinds(compiled: jax.stages.Compiled) -> tuple[str, dict[str, Kind]]:
-    """The name of a program, and what each of its instructions that does something is, by name;
-    kernels of our own in it go by theirs too.
+    """Classifies the instructions of a program, which may be for CPUs or GPUs.
 
-    A fusion that holds a matrix product is one, and one that holds a part of the update belongs to
-    the optimizer. `memory` is all that is of no other kind. Reads programs for CPUs too.
+    A fusion counts as a matrix product if it contains one, and as the optimizer's work if it
+    contains a part of the update. The kind `memory` is everything that no other kind fits.
+
+    Returns:
+      The program's name, and the kind of every instruction that does work, by the instruction's
+      name. Our own kernels are listed under their kernel's name as well, since a GPU's trace knows
+      them by that one.
     """
     text = compiled.as_text() or ""
     schedule = _Schedule(text)
@@ -131,12 +140,18 @@ def read_kinds(compiled: jax.stages.Compiled) -> tuple[str, dict[str, Kind]]:
 
 
 def kernel_kind(kernel: str, kinds: Mapping[str, Kind]) -> Kind | None:
-    """What a kernel of a GPU works on, by its name alone; None if that does not tell.
+    """The kind of work that a GPU kernel does, judged by its name alone.
 
-    Those that XLA compiles are named after an instruction, `loop_add_fusion_12` after
-    `loop_add_fusion.12`, which all that compute the same share; ours have `__1` and so on behind
-    their name where there are several.
+    Args:
+      kernel: the kernel's name in a trace.
+      kinds: the kinds of the program's instructions, from `read_kinds`.
+
+    Returns:
+      The kind, or None if the name matches no instruction and no pattern of a library.
     """
+    # XLA names a kernel that it compiled after its instruction with the dot replaced, so
+    # `loop_add_fusion_12` belongs to `loop_add_fusion.12`; equal instructions share one kernel.
+    # It adds `__1`, `__2` and so on to the names of our own kernels where there are several.
     for name in (kernel, re.sub(r"_(\d+)$", r".\1", kernel), re.sub(r"__\d+$", "", kernel)):
         if name in kinds:
             return kinds[name]
@@ -144,11 +159,12 @@ def kernel_kind(kernel: str, kinds: Mapping[str, Kind]) -> Kind | None:
 
 
 def read_traffic(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
-    """What is memory-bound in a program for GPUs, in the order of its schedule.
+    """Lists the memory-bound instructions of a program for GPUs, in the order of its schedule.
 
     Returns:
-      (the name that JAX gives the operation, scopes and derivatives in it; bytes read and written a
-      step) of each instruction: a fusion has the name of its last operation.
+      For each instruction its name and the bytes that it reads and writes in one step. The name is
+      JAX's name of the operation, which includes named scopes and derivatives; a fusion has the
+      name of its last operation.
     """
     schedule = _Schedule(compiled.as_text() or "")
     return list(schedule.traffic(schedule.entry, times=1))
@@ -156,6 +172,8 @@ def read_traffic(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
+    """The work of one or several instructions, which can be added and repeated."""
+
     matmul_flops: int = 0
     attention_flops: int = 0
     other_bytes: int = 0
@@ -174,6 +192,8 @@ Array = tuple[str, tuple[int, ...]]  # dtype and shape
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """One line of a computation."""
+
     name: str
     opcode: str
     arrays: tuple[Array, ...]  # its results
@@ -183,11 +203,13 @@ class _Instruction:
 
     @property
     def bytes(self) -> int:
+        """Size of the results."""
         return sum(map(_bytes, self.arrays))
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.line)
-        return found and found[1]
+        """The first group of a regular expression in the instruction's text; None if no match."""
+        match = re.search(pattern, self.line)
+        return match and match[1]
 
 
 def _bytes(array: Array) -> int:
@@ -196,6 +218,7 @@ def _bytes(array: Array) -> int:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
+    """Every array that a text describes, such as `(bf16[64,2048], f32[64])`."""
     return tuple(
         (dtype, tuple(map(int, filter(None, dims.split(",")))))
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", text)
@@ -203,7 +226,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 class _Schedule:
-    """The computations of a program."""
+    """The computations of a program, parsed from its text, and the sums over them."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, _Instruction]] = {}
@@ -215,15 +238,18 @@ class _Schedule:
                 self.computations[name := words[0].lstrip("%")] = instructions
                 if line.startswith("ENTRY "):
                     self.entry = name
-            elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line):
-                root, name, result, opcode, rest = found.groups()
+            elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line):
+                root, name, result, opcode, rest = match.groups()
                 operands = re.findall(r"%([\w.-]+)", rest[: rest.index(")")])
                 instructions[name] = _Instruction(
                     name, opcode, _arrays(result), tuple(operands), line, bool(root)
                 )
 
     def collectives(self, computation: str, times: int) -> Iterator[Collective]:
-        """Those of a computation and of the loops in it."""
+        """Yields the collectives of a computation, of its calls and of its loops.
+
+        `times` says how often a step runs the computation.
+        """
         instructions = list(self.computations[computation].values())
         for index, instruction in enumerate(instructions):
             kind = instruction.opcode.removesuffix("-start")
@@ -241,14 +267,15 @@ class _Schedule:
                     if later.opcode == f"{kind}-done" and instruction.name in later.operands:
                         break
                     between += self._cost(computation, later)
-            given = [self.computations[computation][name] for name in instruction.operands]
-            # All but an all-gather give no more than they take.
-            taken = sum(operand.bytes for operand in given)
+            # The operands are measured and not the result: an asynchronous start returns a tuple
+            # that holds operands and results alike. Only an all-gather's result is larger.
+            operands = [self.computations[computation][name] for name in instruction.operands]
+            sent = sum(operand.bytes for operand in operands)
             devices = _devices(instruction)
             yield Collective(
                 kind=kind,
-                dtype=given[0].arrays[0][0],
-                bytes=taken * devices if kind == "all-gather" else taken,
+                dtype=operands[0].arrays[0][0],
+                bytes=sent * devices if kind == "all-gather" else sent,
                 devices=devices,
                 asynchronous=asynchronous,
                 overlapped_flops=between.matmul_flops + between.attention_flops,
@@ -257,7 +284,10 @@ class _Schedule:
             )
 
     def traffic(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
-        """Of the memory-bound instructions of a computation and of the loops in it."""
+        """Yields (name, bytes a step) of the memory-bound instructions, calls and loops included.
+
+        `times` says how often a step runs the computation.
+        """
         for instruction in self.computations[computation].values():
             if instruction.opcode == "while":
                 body, trips = _loop(instruction)
@@ -270,23 +300,23 @@ class _Schedule:
 
     @functools.cache  # noqa: B019 (a schedule lives for one reading)
     def work(self, computation: str) -> _Work:
-        """What a computation does, its loops included."""
+        """The work of one run of a computation, including its calls and all rounds of its loops."""
         costs = (self._cost(computation, i) for i in self.computations[computation].values())
         return sum(costs, start=_Work())
 
     def kind(self, instruction: _Instruction) -> Kind | None:
-        """What an instruction is; None if it does nothing itself."""
+        """The kind of work that an instruction does; None if it does none itself."""
         opcode = instruction.opcode
         if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
             return "communication"
-        # What an asynchronous instruction does is counted where it starts.
+        # The work of an asynchronous instruction is counted once, at its start.
         if opcode in FREE | CONTROL or opcode.endswith("-done"):
             return None
         parts = list(self._parts(instruction))
         if products := [part for part in parts if _is_product(part)]:
             attends = all(_is_under(attention.SCOPE, part) for part in products)
             return "attention" if attends else "matmul"
-        # JAX's call of cuDNN need not carry the scope.
+        # JAX's call of cuDNN's attention may lack the named scope.
         if "__cudnn$fmha" in instruction.line:
             return "attention"
         if any(_is_under(attention.SCOPE, part) for part in parts):
@@ -296,7 +326,7 @@ class _Schedule:
         return "memory"
 
     def _parts(self, instruction: _Instruction) -> Iterator[_Instruction]:
-        """An instruction, or what is inside a fusion."""
+        """Yields the instruction itself, or the instructions inside a fusion."""
         fused = _fused(instruction)
         if fused is None:
             yield instruction
@@ -305,6 +335,7 @@ class _Schedule:
             yield from self._parts(other)
 
     def _cost(self, computation: str, instruction: _Instruction) -> _Work:
+        """The work of one run of an instruction in a computation."""
         if instruction.opcode == "while":
             body, trips = _loop(instruction)
             return self.work(body) * trips
@@ -314,6 +345,8 @@ class _Schedule:
             case "matmul":
                 return _Work(matmul_flops=self._matmul_flops(computation, instruction))
             case "attention":
+                # A kernel is opaque to HLO, so its FLOPs come from its shapes. Attention in plain
+                # JAX consists of visible matrix products.
                 flops = _kernel_flops(instruction) or self._matmul_flops(computation, instruction)
                 return _Work(attention_flops=flops)
             case "memory":
@@ -324,20 +357,23 @@ class _Schedule:
         return _Work()
 
     def _matmul_flops(self, computation: str, instruction: _Instruction) -> int:
-        """Of a matrix product, or of those inside a fusion."""
+        """FLOPs of a matrix product, or of all matrix products inside a fusion."""
         if fused := _fused(instruction):
             inside = self.computations[fused].values()
             return sum(self._matmul_flops(fused, other) for other in inside)
         if not _is_product(instruction):
             return 0
+        # HLO's own `dot` and the JSON options of a cuBLAS call spell this attribute differently.
         dims = instruction.attribute(r'lhs_contracting_dim(?:ension)?s"?[=:][{\["]*([\d,"]*)')
         left = self.computations[computation][instruction.operands[0]].arrays[0][1]
         contracted = [left[int(dim)] for dim in (dims or "").replace('"', "").split(",") if dim]
         return 2 * math.prod(instruction.arrays[0][1]) * math.prod(contracted)
 
     def _traffic(self, computation: str, instruction: _Instruction) -> int:
-        """Bytes that an instruction reads and writes: of a slice, and of an update in place, the
-        part alone."""
+        """Bytes that an instruction reads and writes.
+
+        A slice, and an update in place, touch only a part of their array: that part counts.
+        """
         if fused := _fused(instruction):
             inside = self.computations[fused]
             parameters = [i for i in inside.values() if i.opcode == "parameter"]
@@ -358,37 +394,42 @@ def _is_product(instruction: _Instruction) -> bool:
 
 
 def _is_under(scope: str, instruction: _Instruction) -> bool:
-    """Whether a `jax.named_scope` holds the instruction, or what it is a derivative of."""
+    """Whether the instruction, or what it is a derivative of, lies in this `jax.named_scope`."""
     name = instruction.attribute(r'op_name="([^"]*)"') or ""
+    # JAX writes the scope between slashes, and as `jvp(scope)` or `transpose(...)` in derivatives.
     return re.search(rf"[/(]{scope}[/)]", name) is not None
 
 
 def _kernel_flops(instruction: _Instruction) -> int:
-    """Of one of our attention kernels; 0 for all else."""
+    """FLOPs of one of our attention kernels; 0 for any other instruction."""
     for kernel, products in KERNEL_PRODUCTS.items():
         if instruction.opcode == "custom-call" and _is_under(kernel, instruction):
-            # The queries are the largest of its arrays, with heads on axis 2.
+            # The largest four-dimensional array has the shape of the queries, BTNH.
             shapes = [shape for _, shape in _arrays(instruction.line) if len(shape) == 4]
             B, T, N, H = max(shapes, key=math.prod)
+            # Two FLOPs for each multiplication and addition, for the causal half of the pairs.
             return products * B * N * T * T * H
     return 0
 
 
 def _fused(instruction: _Instruction) -> str | None:
-    """The computation of a fusion; None for any other instruction."""
+    """The name of the computation inside a fusion; None for any other instruction."""
     if instruction.opcode not in ("fusion", "fusion-start"):
         return None
     return instruction.attribute(r"calls=%?([\w.-]+)")
 
 
 def _through_bitcasts(inside: dict[str, _Instruction], name: str) -> str:
+    """Follows an instruction of a fusion back over those that only rename, cast or reshape."""
     while inside[name].opcode in ("bitcast", "copy", "reshape", "convert"):
         name = inside[name].operands[0]
     return name
 
 
 def _read(inside: dict[str, _Instruction], parameter: _Instruction) -> int:
-    """Of a fusion's parameter, what its uses read."""
+    """Bytes of a fusion's parameter that the fusion reads."""
+    # A loop over layers passes the stack of all layers to a fusion that slices one of them.
+    # Counting whole parameters would charge every round for all layers.
     total = 0
     pending = [parameter.name]
     while pending:
@@ -406,7 +447,7 @@ def _read(inside: dict[str, _Instruction], parameter: _Instruction) -> int:
 
 
 def _written(inside: dict[str, _Instruction], result: _Instruction) -> int:
-    """Of a fusion's result, what is not there already."""
+    """Bytes of a fusion's result that the fusion writes: of an update in place, the new part."""
     update = inside[_through_bitcasts(inside, result.name)]
     if update.opcode == "dynamic-update-slice":
         return inside[update.operands[1]].bytes
@@ -414,14 +455,14 @@ def _written(inside: dict[str, _Instruction], result: _Instruction) -> int:
 
 
 def _called(instruction: _Instruction) -> str:
-    """The computation of a call: what the driver is given as one graph."""
+    """The name of the computation that a `call` runs, which a GPU receives as one CUDA graph."""
     called = instruction.attribute(r"to_apply=%?([\w.-]+)")
     assert called is not None
     return called
 
 
 def _loop(instruction: _Instruction) -> tuple[str, int]:
-    """The body of a loop and its rounds."""
+    """The name of a loop's body, and its trip count."""
     body = instruction.attribute(r"body=%?([\w.-]+)")
     trips = instruction.attribute(r'known_trip_count":\{"n":"(\d+)"')
     if body is None or trips is None:
@@ -430,7 +471,9 @@ def _loop(instruction: _Instruction) -> tuple[str, int]:
 
 
 def _devices(instruction: _Instruction) -> int:
-    """How many take part: HLO names them all, counts them, or names axes of a mesh."""
+    """The number of devices that take part in a collective."""
+    # HLO has three notations: a list of the devices in each group, as in {{0,1},{2,3}}; the number
+    # of groups and the size of each, as in [2,2]<=[4]; and names of mesh axes beside their sizes.
     groups = instruction.attribute(r"replica_groups=(.*?), [a-z_]+=") or ""
     if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed[1].split(","))

@@ -1,6 +1,6 @@
-"""How fast a step can be: its work over what a card has been seen to reach, and its network.
+"""Predicts how long a step takes: its work over measured speeds of the card, and its network time.
 
-Predictions, made of what was measured; each constant names who did.
+Speeds are measurements and not data-sheet peaks, which no program reaches. Each names its source.
 """
 
 import dataclasses
@@ -13,19 +13,26 @@ from tinyllama_jax.performance.targets import A100_40G, H100, NODE_DEVICES, Targ
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Of one chip. The fast end of a prediction takes the first three, the slow end the last."""
+    """Measured speeds of one chip.
+
+    The fast end of a prediction uses `matmul` and `attention`, the slow end uses `published`.
+    """
 
     matmul: float
-    """FLOP/s of large bf16 matrix products: the fastest shape of mamf-finder (S. Bekman, Machine
-    Learning Engineering, compute/accelerator)."""
+    """FLOP/s of large bf16 matrix products: the fastest shape that mamf-finder found (S. Bekman,
+    Machine Learning Engineering, compute/accelerator)."""
     attention: float
-    """FLOP/s forward and backward, head width 64, causal, 2,048 tokens; a backward pass counts as
-    2.5 forward passes, and pairs that the mask hides do not count."""
+    """FLOP/s of causal attention, forward and backward together, with head width 64 and 2,048
+    tokens. The count takes a backward pass as 2.5 forward passes, and leaves out pairs of positions
+    that the mask hides."""
     attention_source: str
+    """Who measured `attention`."""
     published_on: Target
+    """The card that `published` was measured on."""
     published: float
-    """Tokens/s of one GPU that a training system reached with the 1.1B."""
+    """Tokens/s that a whole training system reached on one GPU with the 1.1B model."""
     published_source: str
+    """Who measured `published`."""
 
 
 SPEEDS = {
@@ -39,6 +46,7 @@ SPEEDS = {
     ),
     "H100": Speeds(
         matmul=794.5e12,
+        # One forward pass and a backward pass of 2.5 times its FLOPs, each at its own speed.
         attention=3.5 / (1 / 402e12 + 2.5 / 254e12),
         attention_source="cuDNN forward 402, tokamax backward 254",
         published_on=H100,
@@ -47,53 +55,65 @@ SPEEDS = {
     ),
 }
 
-# What elementwise work reaches of a card's bandwidth: assumed, as STREAM-like copies come close.
+# The share of a card's bandwidth that elementwise work reaches. On an H100 a large copy and most of a
+# step's memory-bound kernels reached it (LOG.md, 2026-11-27); for the A100 it is assumed.
 BANDWIDTH_SHARE = 0.9
-# Bytes through memory beside matrix products and attention, for each byte that recompute
-# `elementwise` keeps: counted in the compiled step of the 1.1B, 4.8 MB a token over 0.88 MB.
+# Bytes of memory traffic beside matrix products and attention, for each byte that recompute
+# `elementwise` keeps. It was counted in the compiled step of the 1.1B model: 4.8 MB a token, of which
+# 0.88 MB are kept.
 TRAFFIC_OF_KEPT_BYTE = 5.45
-# AdamW a parameter: weight, gradient and two moments read, three of them written (28 bytes), the
-# gradient read once more for its norm (4), and the weight written in bf16 (2).
+# Bytes that AdamW moves for each parameter. It reads the weight, the gradient and two moments and
+# writes all but the gradient (28), reads the gradient once more for the global norm (4), and the
+# next step's bf16 copy of the weight is written (2).
 OPTIMIZER_TRAFFIC = 34
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one step; attention by the count of `attention_flops`."""
+    """The work that one device does in one step."""
 
     matmul_flops: float
+    """FLOPs of the matrix products outside attention."""
     attention_flops: float
+    """FLOPs of attention, counted as the function `attention_flops` counts them."""
     other_bytes: float
-    """Memory traffic that is neither a matrix product's nor attention's."""
+    """Memory traffic of everything but matrix products and attention."""
     optimizer_bytes: float
-    """Of this, the optimizer's."""
+    """The part of `other_bytes` that the optimizer causes."""
 
 
 def kept_by_elementwise(model: LlamaConfig) -> int:
-    """Bytes a token and layer that recompute `elementwise` keeps, in bf16 but for fp32 sums."""
+    """Bytes for each token and layer that recompute `elementwise` keeps for the backward pass.
+
+    These are, in bf16, the results of the layer's matrix products and of attention, and, in fp32,
+    attention's sum for each head.
+    """
     queries, keys = (heads * model.head_width for heads in (model.query_heads, model.kv_heads))
     values = 2 * model.width + 2 * queries + 2 * keys + 2 * model.swiglu_width
     return 2 * values + 4 * model.query_heads
 
 
 def work_by_formula(config: Config, devices: int, fsdp: int) -> Work:
-    """The work of a step without compiling it.
+    """Estimates the work of a step without compiling it.
 
-    Matrix products: 2 FLOPs a weight forward and 4 backward; attention: as `attention_flops`.
-    Recompute `layers` runs the forward products twice, but for those whose result is kept or not
-    needed again: the last of each layer.
+    Args:
+      config: the run.
+      devices: the number of devices of the mesh.
+      fsdp: the number of devices that share one copy of weights and optimizer state.
     """
     model, execution = config.model, config.execution
     tokens = config.batch_rows * model.context / devices
-    norms = (2 * model.layers + 1) * model.width
     head = model.vocab_size * model.width
-    in_layers = model.parameters() - 2 * head - norms
+    in_layers = model.parameters() - 2 * head - model.norm_gains()
+    # Recompute `layers` runs every layer's forward products once more, all but the last one, down:
+    # the backward pass needs its arguments and not its result.
     again = in_layers - model.layers * model.width * model.swiglu_width
     twice = execution.recompute == "layers"
     traffic = TRAFFIC_OF_KEPT_BYTE * kept_by_elementwise(model)
     traffic *= model.layers
     optimizer_bytes = OPTIMIZER_TRAFFIC * model.parameters() / fsdp
     return Work(
+        # Every weight takes 2 FLOPs for each token forward and 4 backward.
         matmul_flops=tokens * (6 * (in_layers + head) + (2 * again if twice else 0)),
         attention_flops=tokens * attention_flops(config),
         other_bytes=tokens * traffic + optimizer_bytes,
@@ -102,9 +122,11 @@ def work_by_formula(config: Config, devices: int, fsdp: int) -> Work:
 
 
 def attention_flops(config: Config) -> int:
-    """Of a token: 2 L N H T forward, causal, 2.5 times that backward; `layers` adds a forward pass.
+    """The FLOPs of attention for one token of a step.
 
-    The kernels' speeds are published for this count, whatever a kernel computes again inside.
+    A causal forward pass takes 2 L N H T, a backward pass counts as 2.5 of them, and recompute
+    `layers` adds another forward pass. The kernels' speeds are published for this count, whatever a
+    kernel computes again inside.
     """
     model = config.model
     pairs = model.layers * model.query_heads * model.head_width * model.context
@@ -112,13 +134,14 @@ def attention_flops(config: Config) -> int:
 
 
 def work_of_program(program: Program, config: Config, tokens: float) -> Work:
-    """The work of a step as it was compiled; attention in the count of `attention_flops`.
+    """The work of a compiled step.
 
     Args:
-      program: the step.
+      program: the figures of the compiled step.
       config: the run.
-      tokens: that a device reads in the step.
+      tokens: the number of tokens that a device reads in the step.
     """
+    # `program.attention_flops` counts what kernels compute again; published speeds do not.
     return Work(
         matmul_flops=program.matmul_flops,
         attention_flops=tokens * attention_flops(config),
@@ -128,12 +151,15 @@ def work_of_program(program: Program, config: Config, tokens: float) -> Work:
 
 
 def chip_of(target: Target) -> str:
-    """The key of `SPEEDS` for a card."""
+    """The name of a card's chip, which is a key of `SPEEDS`."""
     return next(chip for name, chip in CHIPS.items() if name in target.device_kind)
 
 
 def seconds_by_kind(work: Work, target: Target) -> dict[str, float]:
-    """The least time a device needs for each `Kind` of its work, but for communication."""
+    """The least time in seconds that a device needs for each kind of its work.
+
+    Communication is left out, because most of it happens beside other work.
+    """
     speeds = SPEEDS[chip_of(target)]
     bandwidth = BANDWIDTH_SHARE * target.bandwidth
     return {
@@ -145,12 +171,12 @@ def seconds_by_kind(work: Work, target: Target) -> dict[str, float]:
 
 
 def seconds(work: Work, target: Target) -> float:
-    """The least time a device needs for its work, one kind after the other."""
+    """The least time in seconds that a device needs for its work, one kind after the other."""
     return sum(seconds_by_kind(work, target).values())
 
 
 def shortfall(target: Target) -> float:
-    """How many times longer than the roofline a published run took."""
+    """The factor by which a published run on this kind of chip was slower than its roofline."""
     speeds = SPEEDS[chip_of(target)]
     config = Config(
         run_folder="",
@@ -166,50 +192,69 @@ def shortfall(target: Target) -> float:
 
 
 def published_seconds(config: Config, devices: int, fsdp: int, target: Target) -> float:
-    """The time of a step that falls as short of its roofline as a published run did."""
+    """The time in seconds of a step that is as much slower than its roofline as a published run.
+
+    Args:
+      config: the run.
+      devices: the number of devices of the mesh.
+      fsdp: the number of devices that share one copy of weights and optimizer state.
+      target: the card.
+    """
     return shortfall(target) * seconds(work_by_formula(config, devices, fsdp), target)
 
 
 def wire_seconds(
     collective: Collective, target: Target, devices: int, fsdp: int, network: float
 ) -> float:
-    """Time of one run of a collective by rings: (n - 1) / n of its bytes pass each link.
+    """The time in seconds of one run of a collective that the devices do as a ring.
+
+    All-reduces run over the data axis or over all devices, the other collectives over the fsdp
+    axis. Neighbours on the fsdp axis stand side by side, 8 in a node.
 
     Args:
-      collective: all-reduces run over the data axis or over all devices, the others over fsdp.
-      target: the card, and with it NVLink.
-      devices: of the mesh, fsdp neighbours side by side and 8 in a node.
-      fsdp: of them, those that share one state.
-      network: bytes a second into, and out of, a node.
+      collective: the collective.
+      target: the card, which gives NVLink's bandwidth.
+      devices: the number of devices of the mesh.
+      fsdp: the number of devices that share one copy of weights and optimizer state.
+      network: bytes a second into a node, and as many out of it.
     """
+    # In a ring of n devices, (n - 1) / n of the array pass each link.
     n = collective.devices
-    # An all-reduce is a reduce-scatter and an all-gather.
+    # An all-reduce is a reduce-scatter and an all-gather, so its bytes pass twice.
     passes = 2 if collective.kind == "all-reduce" else 1
     moved = passes * collective.bytes * (n - 1) / n
     along_data = collective.kind == "all-reduce" and n < devices
     span = devices if collective.kind == "all-reduce" else fsdp
     if span <= NODE_DEVICES:
         return moved / target.nvlink
-    # Rings over the data axis leave a node side by side, one for each part of the state in it.
+    # Each part of the state has a ring of its own over the data axis. Those of the parts in one
+    # node share its network.
     rings = min(fsdp, NODE_DEVICES) if along_data else 1
     return max(moved * rings / network, moved / target.nvlink)
 
 
 def exposed_seconds(collective: Collective, wire: float, target: Target) -> float:
-    """What is left of a collective's time when the work beside it is done."""
+    """The time in seconds of a collective that no work scheduled beside it covers.
+
+    Args:
+      collective: the collective.
+      wire: the time that it takes by itself, from `wire_seconds`.
+      target: the card.
+    """
     speeds = SPEEDS[chip_of(target)]
-    # As if all of it ran as fast as matrix products: attention is slower and hides more.
+    # Attention is counted at the speed of matrix products. It is slower in fact and covers more, so
+    # that the estimate errs towards exposed time.
     beside = collective.overlapped_flops / speeds.matmul
     beside += collective.overlapped_bytes / (BANDWIDTH_SHARE * target.bandwidth)
     return max(0.0, wire - beside) if collective.asynchronous else wire
 
 
 def assumptions(target: Target, network: float) -> list[str]:
-    """The formulas and constants behind a prediction, each with its source.
+    """Lines for the reader of a plan: the formulas and constants behind it, with their sources.
 
     Args:
       target: the card.
-      network: bytes a second into, and out of, a node.
+      network: bytes a second into a node, and as many out of it.
     """
     speeds = SPEEDS[chip_of(target)]
     return [

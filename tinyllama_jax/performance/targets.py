@@ -1,8 +1,8 @@
-"""GPUs that are not there, described well enough for XLA to compile for them.
+"""Describes GPUs that this machine does not have, so that XLA can compile for them.
 
-The descriptions are `stream_executor.GpuTargetConfigProto` in text form. Sizes and clocks are those
-that the CUDA driver reports for each card, as XLA records them in its own descriptions
-(xla/backends/gpu/target_config/specs); NVLink is of NVIDIA's data sheets.
+XLA reads a description as a `stream_executor.GpuTargetConfigProto` in text form. Sizes and clocks
+are those that the CUDA driver reports for each card, as XLA records them in its own descriptions
+(xla/backends/gpu/target_config/specs). NVLink's bandwidth is from NVIDIA's data sheets.
 """
 
 import dataclasses
@@ -13,16 +13,19 @@ from jax.experimental import topologies
 
 from tinyllama_jax.errors import UserError, require
 
-NODE_DEVICES = 8  # GPUs of a node, which NVLink joins
+NODE_DEVICES = 8  # GPUs that NVLink joins in one node
 
 
 class CompilerMissing(UserError):
-    """JAX's CUDA plugin is not installed."""
+    """Raised when JAX's CUDA plugin, and with it the compiler for GPUs, is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One kind of card. Memory in bytes; its bandwidth and NVLink's each way in bytes a second."""
+    """The figures of one kind of card that the compiler and the roofline need.
+
+    Sizes of memory are in bytes. Bandwidths are in bytes a second; NVLink's is for each direction.
+    """
 
     device_kind: str
     capability: str
@@ -37,7 +40,8 @@ class Target:
     nvlink: int
 
     def description(self) -> str:
-        """The text that XLA reads."""
+        """The description of the card in the text form that XLA reads."""
+        # The limits that are written out as numbers are the same on Ampere and Hopper.
         return f"""
             platform_name: "CUDA"
             device_description_str: "{self.device_kind}"
@@ -104,11 +108,12 @@ CARDS = {"a100": A100_40G, "a100_80g": A100_80G, "h100": H100, "h200": H200}
 
 
 def parse_mesh_name(name: str) -> tuple[Target, int]:
-    """(card, number of devices) of `CARD_COUNT`, as in `a100_80g_16`.
+    """Reads the name of a mesh, such as `a100_80g_16`, as its card and its number of devices.
 
     Raises:
-      UserError: no such card, or a count that fills no whole nodes.
+      UserError: there is no such card, or more than one node would not be filled completely.
     """
+    # A card's name may hold an underscore itself, so the count is split off at the last one.
     card, _, count = name.rpartition("_")
     devices = int(count) if count.isdecimal() else 0
     require(
@@ -120,10 +125,15 @@ def parse_mesh_name(name: str) -> tuple[Target, int]:
 
 
 def absent_devices(target: Target, hosts: int = 1, per_host: int = 1) -> Sequence[Any]:
-    """JAX devices to compile for: they lower and compile, and cannot run.
+    """Makes JAX devices that programs can be compiled for, but that cannot run anything.
+
+    Args:
+      target: the kind of card.
+      hosts: the number of nodes.
+      per_host: the number of cards in each node.
 
     Raises:
-      CompilerMissing: the CUDA plugin of JAX is not installed.
+      CompilerMissing: JAX's CUDA plugin is not installed.
     """
     try:
         topology = topologies.get_topology_desc(
@@ -132,6 +142,7 @@ def absent_devices(target: Target, hosts: int = 1, per_host: int = 1) -> Sequenc
             target_config=target.description(),
             topology=f"1x{hosts}x{per_host}",
         )
+    # JAX raises errors of several types here, among them a bare AssertionError.
     except Exception as error:
         raise CompilerMissing(
             "Compiling for a GPU that is not here needs JAX's CUDA plugin: "

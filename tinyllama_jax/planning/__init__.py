@@ -1,1 +1,1 @@
-"""What a run takes of GPUs that are not here."""
+"""Plans runs on GPUs that are not here: their memory, network, time and cost."""

@@ -1,7 +1,7 @@
-"""What a run would take on GPUs that need not be here: memory, network, time and money."""
+"""Plans a run on GPUs that need not be here: the memory, network, time and money that it takes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,22 @@ from tinyllama_jax.runtime.allocator import CARD_SHARE
 from tinyllama_jax.runtime.mesh import BATCH_AXES, batch_sharding, check_fits, make_mesh
 from tinyllama_jax.training.step import abstract_state, check_attention_on, make_step
 
-RESERVE = 3 * 2**29  # 1.5 GiB that NCCL and cuBLAS take, which no compiled program counts
-MAX_EPOCHS = 4  # repeated tokens are nearly as good as new ones so far (Muennighoff et al. 2023)
+# 1.5 GiB that NCCL and cuBLAS allocate for themselves, which the compiler's peak does not count.
+RESERVE = 3 * 2**29
+# Up to this many epochs, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023).
+MAX_EPOCHS = 4
 
 Range = tuple[float, float]
-"""(low, high)."""
+"""The low and the high end of a prediction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedCollective:
-    """One collective of the step, or several that are alike but for their schedule.
+    """One collective of the step with its predicted time.
 
-    `bytes` are of the whole array, `times` its runs a step, seconds of all runs together. Without a
-    compiled schedule, what stands beside it is None, and all its time counts as exposed.
+    The fields are those of `program.Collective`. The seconds are of all runs in a step together.
+    An estimate without the compiler has no schedule: `asynchronous` and the overlapped work are
+    then None, and all of the collective's time counts as exposed.
     """
 
     kind: str
@@ -65,45 +68,58 @@ class PlannedCollective:
 
 @dataclasses.dataclass(frozen=True)
 class SourcePlan:
-    """Tokens that the run reads of a source, and how often it reads it whole."""
+    """The tokens that the run reads from one source of the mixture."""
 
     name: str
     tokens_read: int
     tokens_available: float | None
-    """None: the dataset is not here, and nobody said."""
+    """The tokens of the dataset; None if the dataset is not here and `--tokens` does not say."""
     epochs: float | None
+    """How often the run reads the whole source; None if `tokens_available` is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything `tinyllama plan` says. Ranges are (low, high); bytes are of one device."""
+    """Everything that `tinyllama plan` reports.
+
+    Ranges are (low, high). Fields that end in `bytes_per_device` are bytes on one device.
+    """
 
     mesh: str
+    """The name of the mesh, such as `a100_16`."""
     card: str
+    """The kind of the card, as JAX reports it."""
     devices: int
     data_axis: int
+    """The number of groups of devices that each hold a copy of weights and optimizer state."""
     compiled: bool
-    """False: estimated without a compiler for the card, see `notes`."""
+    """Whether the step was compiled for the card. If not, the figures are estimates."""
     parameters: int
     flops_per_token_full: int
     flops_per_token_causal: int
     weights_bytes_per_device: int
     optimizer_bytes_per_device: int
     activation_bytes_per_device: int
-    """All else at the peak: activations, gradients, gathered weights."""
+    """The rest of the peak: activations, gradients and gathered weights."""
     peak_bytes_per_device: int
+    """The most memory that the step uses at one time."""
     reserve_bytes_per_device: int
+    """Memory left free for NCCL and cuBLAS, which the peak does not count."""
     usable_bytes_per_device: int
+    """The part of the card's memory that JAX allocates."""
     card_bytes: int
     share_of_card: float
+    """The peak over the card's memory."""
     fits: bool
+    """Whether peak and reserve together are within the usable memory."""
     recompute: str
     rows_per_device: int
+    """The rows of a micro-batch on one device."""
     largest_micro_batches: tuple[MicroBatch, ...]
     collectives: tuple[PlannedCollective, ...]
     step_seconds: Range
     exposed_communication_fraction: float
-    """Of the shorter step time."""
+    """The share of the shorter step time in which the step waits for the network."""
     tokens_per_second_per_device: Range
     tokens_per_second: Range
     mfu_full: Range
@@ -118,7 +134,8 @@ class Plan:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values under the names above, `async` for `asynchronous`."""
+        """The fields as plain JSON values. `asynchronous` is called `async`, a word that Python
+        reserves."""
         plain = dataclasses.asdict(self)
         for collective in plain["collectives"]:
             collective["async"] = collective.pop("asynchronous")
@@ -138,20 +155,21 @@ def plan(
 ) -> Plan:
     """Plans a run on a mesh of GPUs, none of which need be here.
 
-    The step is compiled as it would run, and again for each larger micro-batch that is tried.
+    The step is compiled as it would run, and once more for each larger micro-batch that is tried.
 
     Args:
       config: the run.
-      mesh_name: `CARD_COUNT`, as in `a100_16`.
-      data_axis: groups of devices that each hold the whole state.
-      network: Gb/s into, and out of, a node of 8.
-      price: dollars a GPU hour.
-      tokens: tokens of a source by name, where its dataset is not here.
-      compiler: False estimates at once instead of compiling.
-      say: takes a line when something slow begins.
+      mesh_name: the card and the number of devices, as in `a100_16`.
+      data_axis: the number of groups of devices that each hold a copy of the state.
+      network: Gb/s into a node of 8 GPUs, and as many out of it.
+      price: dollars for an hour of one GPU.
+      tokens: the number of tokens by name of source, for sources whose dataset is not here.
+      compiler: whether to compile the step. False estimates everything within a second.
+      say: called with a line for the user before each compilation.
 
     Raises:
-      UserError: no such mesh, or a config that does not fit it.
+      UserError: there is no such mesh, an option is out of range, or the config does not fit the
+        mesh.
     """
     target, devices = parse_mesh_name(mesh_name)
     require(network > 0, f"--network is {network}: give the Gb/s of a node, above 0.")
@@ -161,8 +179,11 @@ def plan(
         f"A data axis of {data_axis} does not divide the {devices} devices of {mesh_name}.",
     )
     fsdp = devices // data_axis
+    # A mesh without devices is enough for this check, which therefore needs no compiler.
     check_fits(config, AbstractMesh((data_axis, fsdp), BATCH_AXES))
     sources = _plan_sources(config, tokens or {})
+    # A run on an H100 may choose cuDNN's attention, which no compiler builds without a GPU. Our
+    # Pallas kernels compile here and keep arrays of the same shapes, so they stand in for it.
     backend = _attention_backend(config, target)
     config = _with_attention(config, "pallas" if backend == "cudnn" else backend)
     notes = []
@@ -172,6 +193,7 @@ def plan(
     mesh = None
     if compiler:
         try:
+            # The compiler must know which devices share a node: it plans collectives by that.
             hosts = max(1, devices // NODE_DEVICES)
             mesh = make_mesh(data_axis, absent_devices(target, hosts, devices // hosts))
         except CompilerMissing as missing:
@@ -192,6 +214,7 @@ def plan(
         peak = estimated_peak(config, devices, fsdp)
         collectives = _by_construction(config, data_axis, fsdp)
         work = roofline.work_by_formula(config, devices, fsdp)
+    # A run lets JAX allocate this share of a card (runtime/allocator.py), and no more.
     usable = int(CARD_SHARE * target.memory)
 
     def estimate(trial: Config) -> int:
@@ -204,6 +227,8 @@ def plan(
         return _known(read_program(compile_step(trial, mesh)).peak_bytes)
 
     peak_of = estimate if mesh is None else compiled_peak
+    # What the compiler schedules beside a collective hides its time; the remainder is added to both
+    # ends of the prediction, since the network does not get faster with the kernels.
     planned = []
     for collective in collectives:
         wire = roofline.wire_seconds(collective, target, devices, fsdp, network * 1e9 / 8)
@@ -264,7 +289,7 @@ def plan(
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The step as it runs, for a mesh whose devices need not be here."""
+    """Lowers the training step of a run for a mesh whose devices need not be here."""
     rows = batch_sharding(mesh, rows_axis=1)
     shape, context = (config.micro_batches, config.micro_rows), config.model.context
     tokens_ABS = jax.ShapeDtypeStruct((*shape, context + 1), "int32", sharding=rows)
@@ -275,17 +300,22 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """The same, compiled."""
+    """Compiles the training step of a run for a mesh whose devices need not be here."""
     return lower_step(config, mesh).compile()
 
 
 def _known(peak_bytes: int | None) -> int:
+    """The peak of a program that was just compiled, which always tells its memory."""
     assert peak_bytes is not None, "what was just compiled tells its memory"
     return peak_bytes
 
 
 def _attention_backend(config: Config, target: Target) -> AttentionBackend:
-    """What the run would take on the card. Raises UserError if it cannot do what the run needs."""
+    """The attention that the run would use on the card.
+
+    Raises:
+      UserError: the configured attention cannot do what the run needs.
+    """
     chip, dtype = roofline.chip_of(target), planned_dtype(config)
     check_attention_on(config, chip, dtype)
     if config.execution.attention != "auto":
@@ -300,29 +330,41 @@ def _with_attention(config: Config, backend: AttentionBackend) -> Config:
 
 
 def _by_construction(config: Config, data_axis: int, fsdp: int) -> list[Collective]:
-    """What the step sends by its source code, as one collective each; nothing of a schedule."""
-    # The norms' gains stay where they are, folded into other weights.
-    size = config.model.parameters() - (2 * config.model.layers + 1) * config.model.width
+    """The collectives of the step by its design, without compiling it and without a schedule.
+
+    What the compiled step splits into a collective for each weight or layer is one here.
+    """
+    # The norms' gains are folded into the matrices after them before anything is sent, so they do
+    # not cross the network themselves.
+    size = config.model.parameters() - config.model.norm_gains()
     item = planned_dtype(config).itemsize
     dtype, runs = {2: "bf16", 4: "f32"}[item], config.micro_batches
 
     def collective(kind: str, dtype: str, size: int, devices: int, times: int = 1) -> Collective:
         return Collective(kind, dtype, size, devices, False, 0, 0, times)
 
-    found = []
+    collectives = []
+    # Gradients that are summed over micro-batches are fp32 and are sent as such. With
+    # gather="layer" they leave each device after every micro-batch, in the dtype of the products.
     if fsdp > 1 and config.execution.gather == "step":
-        found += [collective("all-gather", dtype, item * size, fsdp)]
-        found += [collective("reduce-scatter", "f32", 4 * size, fsdp)]
-    elif fsdp > 1:  # gathered twice, because the backward pass computes the layer again
-        found += [collective("all-gather", dtype, item * size, fsdp, 2 * runs)]
-        found += [collective("reduce-scatter", dtype, item * size, fsdp, runs)]
+        collectives += [collective("all-gather", dtype, item * size, fsdp)]
+        collectives += [collective("reduce-scatter", "f32", 4 * size, fsdp)]
+    elif fsdp > 1:
+        # Weights are gathered for the forward pass and again for the backward pass, which computes
+        # each layer again instead of holding its whole weights.
+        collectives += [collective("all-gather", dtype, item * size, fsdp, 2 * runs)]
+        collectives += [collective("reduce-scatter", dtype, item * size, fsdp, runs)]
     if data_axis > 1:
-        found += [collective("all-reduce", "f32", 4 * size // fsdp, data_axis)]
-    return found
+        collectives += [collective("all-reduce", "f32", 4 * size // fsdp, data_axis)]
+    return collectives
 
 
-def _planned(collective: Collective, scheduled: bool, wire: float, exposed: float):
+def _planned(
+    collective: Collective, scheduled: bool, wire: float, exposed: float
+) -> PlannedCollective:
+    """A collective with the times of its runs; `wire` and `exposed` are seconds of one run."""
     facts = dataclasses.asdict(collective)
+    # Without a schedule the values are placeholders, which must not look like measurements.
     if not scheduled:
         facts |= {"asynchronous": None, "overlapped_flops": None, "overlapped_bytes": None}
     runs = collective.times
@@ -330,11 +372,14 @@ def _planned(collective: Collective, scheduled: bool, wire: float, exposed: floa
 
 
 def _plan_sources(config: Config, tokens: Mapping[str, float]) -> tuple[SourcePlan, ...]:
+    """How much the run reads of each source; `tokens` gives the size of those that are not here."""
     names = [source.name for source in config.data.sources]
     for name, count in tokens.items():
         require(name in names, f"--tokens names {name!r}: the sources are {', '.join(names)}.")
         require(count > 0, f"--tokens gives {name} {count} tokens: give a number above 0.")
     context = config.model.context
+    # Rows of packed records may end in padding. The share of real tokens is known for datasets that
+    # are here, and taken as 1 for the others. Fractions, because the mixture counts rows exactly.
     fills, there = [], {}
     for source in config.data.sources:
         fills.append(Fraction(1))
@@ -344,16 +389,17 @@ def _plan_sources(config: Config, tokens: Mapping[str, float]) -> tuple[SourcePl
             records = manifest["splits"]["train"]["records"]
             there[source.name] = round(records * RECORD * fills[-1])
     counts = make_mixture(config.data, context, fills).counts(config.rows_after(config.steps))
-    found = []
+    plans = []
     for source, rows, fill in zip(config.data.sources, counts, fills, strict=True):
         available = tokens.get(source.name, there.get(source.name))
         read = round(rows * context * fill)
         epochs = None if available is None else read / available
-        found.append(SourcePlan(source.name, read, available, epochs))
-    return tuple(found)
+        plans.append(SourcePlan(source.name, read, available, epochs))
+    return tuple(plans)
 
 
 def _warnings(sources: tuple[SourcePlan, ...]) -> list[str]:
+    """Warnings about sources that the run repeats more often than repetition pays."""
     return [
         f"{source.name} is read {source.epochs:.1f} times: repeated tokens teach as much as new "
         f"ones up to about {MAX_EPOCHS} times (Muennighoff et al. 2023, arXiv 2305.16264)."
@@ -362,6 +408,7 @@ def _warnings(sources: tuple[SourcePlan, ...]) -> list[str]:
     ]
 
 
-def _range(values) -> Range:
+def _range(values: Iterable[float]) -> Range:
+    """Two values in rising order."""
     low, high = sorted(values)
     return low, high

@@ -1,4 +1,4 @@
-"""A plan as tables for a terminal."""
+"""Shows a plan as tables for the terminal."""
 
 from collections import defaultdict
 
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def render(plan: Plan) -> RenderableType:
-    """The plan as rich tables, readable from 80 columns on."""
+    """Tables of the whole plan, which are readable from a width of 80 columns on."""
     compiled = "compiled for them" if plan.compiled else "ESTIMATE WITHOUT THE COMPILER"
     tried = "each compiled" if plan.compiled else "estimated"
     waits = f"{plan.exposed_communication_fraction:.1%} of the step waits for it"
@@ -29,7 +29,7 @@ def render(plan: Plan) -> RenderableType:
     }
     shown: list[RenderableType] = []
     for title, table in parts.items():
-        if table.row_count:
+        if table.row_count:  # a single GPU has no network
             shown += [Text(f" {title}", style="bold"), table, ""]
     for note in plan.notes:
         shown.append(_paragraph(Text("note ", style="bold yellow"), note))
@@ -39,12 +39,14 @@ def render(plan: Plan) -> RenderableType:
 
 
 def _paragraph(label: Text, text: str) -> Table:
+    """A label and beside it a text that wraps within its own column."""
     grid = Table.grid(padding=(0, 1))
     grid.add_row("", label, Text(text))
     return grid
 
 
 def _table(*columns: str) -> Table:
+    """An empty table with headings: names on the left, numbers on the right."""
     table = Table(box=box.HORIZONTALS, show_edge=False)
     for index, column in enumerate(columns):
         first = index == 0
@@ -53,6 +55,7 @@ def _table(*columns: str) -> Table:
 
 
 def _facts() -> Table:
+    """An empty table of names and values without headings."""
     return Table("", "", box=box.HORIZONTALS, show_edge=False, show_header=False)
 
 
@@ -91,22 +94,23 @@ def _memory(plan: Plan) -> Table:
 
 def _micro_batches(plan: Plan) -> Table:
     table = _table("recompute", "rows a GPU", "peak GiB", "")
-    for found in plan.largest_micro_batches:
-        limit = "a whole step" if found.whole_batch else ""
-        peak = f"{found.peak_bytes_per_device / GIB:.2f}"
-        if not found.rows:
+    for micro_batch in plan.largest_micro_batches:
+        limit = "a whole step" if micro_batch.whole_batch else ""
+        peak = f"{micro_batch.peak_bytes_per_device / GIB:.2f}"
+        if not micro_batch.rows:
             limit = "one row takes this much"
-        table.add_row(found.recompute, str(found.rows or "none"), peak, limit)
+        table.add_row(micro_batch.recompute, str(micro_batch.rows or "none"), peak, limit)
     return table
 
 
 def _collectives(plan: Plan) -> Table:
-    """Alike ones in one row: a step has dozens."""
+    """A row for each group of collectives that differ in size alone, since a step has dozens."""
     table = _table(
         "collective", "GPUs", "runs", "GB", "async", "TFLOP\nbeside", "takes\nms", "exposed\nms"
     )
     alike: dict[tuple, list[PlannedCollective]] = defaultdict(list)
     for one in plan.collectives:
+        # Sums of single numbers, such as the loss, would otherwise hide among the large ones.
         size = "" if one.bytes * one.times >= 2**20 else ", small"
         alike[f"{one.kind} {one.dtype}{size}", one.devices, one.asynchronous].append(one)
     for (name, devices, asynchronous), group in alike.items():
@@ -156,6 +160,9 @@ def _sources(plan: Plan) -> Table:
 
 
 def _span(values: Range, form: str | None = None) -> str:
-    """Both ends, with three digits or all of the whole number where no form is given."""
+    """Both ends of a range, or the one value where they print alike.
+
+    Without a format, numbers from 100 on are whole and smaller ones have three digits.
+    """
     low, high = (format(value, form or (",.0f" if value >= 100 else "#.3g")) for value in values)
     return low if low == high else f"{low} to {high}"

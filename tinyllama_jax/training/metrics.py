@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
+"""Writes a run's numbers to metrics.jsonl, to TensorBoard and to the terminal."""
 
 import json
 import math
@@ -17,9 +17,13 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes the same names and values to metrics.jsonl and TensorBoard, a line a call.
+    """Writes metrics under the same names to metrics.jsonl and to TensorBoard.
 
-    A value that is not finite is null in metrics.jsonl. Of several processes the first writes.
+    Only the first process writes; on the others all methods do nothing.
+
+    Args:
+      run_folder: the run folder, which exists.
+      first_step: the step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, run_folder: Path, first_step: int):
@@ -27,8 +31,10 @@ class Metrics:
         if not processes.is_first():
             return
         path = run_folder / FILE
-        # The steps after the checkpoint are made again. Lines of theirs that stayed would be read
-        # as this run's: those of a run whose checkpoints were removed, or of a step now left out.
+        # A run that resumes from a checkpoint repeats the steps after it and writes their lines
+        # again. The earlier lines of those steps are removed. Most would be overwritten when the
+        # file is read, but not all: steps may now be logged at another interval, or the run may
+        # start anew because its checkpoints were deleted.
         if path.exists():
             kept = [line for step, line in _lines(path) if step <= first_step]
             write_aside(path, "".join(f"{line}\n" for line in kept))
@@ -36,10 +42,18 @@ class Metrics:
         self._board = _summary_writer()(str(run_folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Values after `step` optimizer steps."""
+        """Writes one line of values for a step.
+
+        A value that is not finite becomes null in metrics.jsonl.
+
+        Args:
+          step: the number of optimizer steps done.
+          values: the values by name.
+        """
         if self._file is None:
             return
-        # JSON has no NaN, which the loss of a skipped step is.
+        # The loss of a step that was skipped is NaN, which JSON cannot express. Python would write
+        # it all the same, and strict readers would then reject the file.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -47,17 +61,22 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         if self._file is not None:
             self._file.close()
             self._board.close()
 
 
 def _summary_writer() -> type:
-    """tensorboardX's writer, without torch. It imports torch where there is one, for a type that
-    no number here has: seconds at the start of a run, and in a process of JAX a second set of CUDA
-    libraries."""
+    """Imports tensorboardX's writer while torch is hidden, and returns it.
+
+    tensorboardX imports torch if it is installed, to recognize torch's tensors, of which there are
+    none here. That would take 1.5 seconds at the start of every run, and load a second set of CUDA
+    libraries into JAX's process.
+    """
     modules: dict[str, Any] = sys.modules
-    hidden = modules.setdefault("torch", None) is None  # which is as if there were none
+    # A None in sys.modules makes Python's import fail as if the package were not installed.
+    hidden = modules.setdefault("torch", None) is None
     try:
         from tensorboardX import SummaryWriter
     finally:
@@ -67,7 +86,15 @@ def _summary_writer() -> type:
 
 
 def read_metrics(run_folder: str | Path) -> dict[int, dict[str, Any]]:
-    """{step: values} of a run, rising."""
+    """Reads the metrics of a run.
+
+    Args:
+      run_folder: the run folder, which has a metrics.jsonl.
+
+    Returns:
+      The values by step, in rising order. The lines of a step are merged, since training and
+      validation write their own.
+    """
     steps: dict[int, dict[str, Any]] = {}
     for step, line in _lines(Path(run_folder) / FILE):
         values = json.loads(line)
@@ -77,7 +104,10 @@ def read_metrics(run_folder: str | Path) -> dict[int, dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(step, line) of each whole line; a killed process leaves its last one unfinished."""
+    """Yields the step and the text of every complete line.
+
+    A process that is killed while it writes leaves its last line unfinished, which is passed over.
+    """
     for line in path.read_text(errors="replace").splitlines():
         try:
             yield int(json.loads(line)["step"]), line
@@ -86,7 +116,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Terminal:
-    """A live bar on a terminal, plain lines elsewhere; of several processes the first speaks."""
+    """Shows progress: as a live bar in a terminal, and as plain lines in a file or a pipe.
+
+    Only the first process shows anything.
+
+    Args:
+      steps: the number of steps of the run.
+      first_step: the number of steps already done.
+    """
 
     def __init__(self, steps: int, first_step: int):
         self.console = Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
@@ -104,7 +141,14 @@ class Terminal:
             self._bar.start()
 
     def step(self, step: int, line: str | None, eta: float | None = None) -> None:
-        """Moves the bar; a line of numbers, when there is one, replaces the last."""
+        """Shows that a step is done.
+
+        Args:
+          step: the number of the step.
+          line: numbers to show. None leaves those of an earlier step beside the bar, and prints
+            nothing where there is no bar.
+          eta: the seconds to the end of the run, if they are known. The bar estimates them itself.
+        """
         if self._bar is not None:
             self._line = self._line if line is None else line
             self._bar.update(self._task, completed=step, line=self._line)
@@ -113,9 +157,10 @@ class Terminal:
             self.console.print(f"step {step}/{self._steps}  {line}{tail}", markup=False)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays, above the bar if there is one."""
         self.console.print(text, markup=False)
 
     def close(self) -> None:
+        """Removes the live display, so that the terminal is usable again."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,4 +1,6 @@
-"""AdamW, clipping and the learning rate."""
+"""Makes the optimizer: gradient clipping, AdamW and the schedule of the learning rate."""
+
+from typing import Any
 
 import jax
 import optax
@@ -7,18 +9,27 @@ from tinyllama_jax.config import OptimizerConfig
 from tinyllama_jax.model.llama import SCALED_BY
 from tinyllama_jax.runtime.mesh import named_leaves, weight_name
 
-# Weights that are vectors in every layer; the rest are matrices.
+# The weights that are vectors within a layer. All others are matrices.
 NORM_GAINS = (*(f"blocks.{gain}" for gain in SCALED_BY), "norm_D")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates made: linear warm-up from 0, then down to `end_lr`.
+    """Makes the schedule of the learning rate: a linear warm-up from 0, then a decay to `end_lr`.
 
-    Every schedule ends at `steps`, warm-up included: the cosine (Loshchilov and Hutter 2017,
-    equation 5), the line, and warm-up, stable, decay (Hu et al. 2024, section 4).
+    The decay is a cosine (Loshchilov and Hutter 2017, equation 5), a straight line, or a straight
+    line at the end of a constant phase (warm-up, stable, decay: Hu et al. 2024, section 4).
+
+    Args:
+      config: the optimizer's configuration.
+      steps: the number of steps of the run, at which every schedule ends, warm-up included.
+
+    Returns:
+      A function from the number of updates made so far to the learning rate. A step that is skipped
+      because its gradients are not finite makes no update.
     """
     peak, end, warmup = config.peak_lr, config.end_lr, config.warmup_steps
     if config.schedule == "cosine":
+        # Optax's `decay_steps` includes the warm-up, so the run's length is passed as it is.
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
     decay_from = steps - config.decay_steps if config.schedule == "wsd" else warmup
     return optax.join_schedules(
@@ -32,9 +43,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+    """Makes AdamW (Loshchilov and Hutter 2019, algorithm 2) with clipping by the global norm.
 
-    def decayed(weights):
+    Args:
+      config: the optimizer's configuration.
+      steps: the number of steps of the run.
+    """
+
+    def decayed(weights: dict[str, Any]) -> dict[str, Any]:
+        # The mask goes by name. By shape, a gain would count as a matrix, because all layers of a
+        # weight are one array with a layer axis in front.
         flags = [weight_name(name) not in NORM_GAINS for name in named_leaves(weights)]
         return jax.tree.unflatten(jax.tree.structure(weights), flags)
 
@@ -46,6 +64,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.beta2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            # Without a mask every weight decays, gains included, as in the original run.
             mask=decayed if config.decay_matrices_only else None,
         ),
     )
