@@ -28,8 +28,7 @@ class ExecutionConfig:
     unroll_layers: bool = False
     """Compile every layer separately: less memory and traffic on a GPU, but slower compilation."""
     gather: Literal["step", "layer"] = "step"
-    """When the devices gather each other's weights: once a `step`, or for each `layer` of each
-    micro-batch, for a model whose weights and gradients do not fit on one device."""
+    """Gather the weights on each device once a `step`, or, to save memory, `layer` by `layer`."""
 
     def __post_init__(self):
         require(
@@ -192,8 +191,7 @@ class OptimizerConfig:
     """AdamW, gradient clipping and the learning rate. The defaults are TinyLlama's."""
 
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """How the learning rate falls from `peak_lr` after the warm-up to `end_lr` at the last step.
-    `wsd` (warm-up, stable, decay) keeps the peak, then falls linearly over `decay_steps`."""
+    """How the rate falls to `end_lr`; `wsd`: linearly, during the last `decay_steps` steps."""
     peak_lr: float = 4e-4
     """Learning rate at the end of the warm-up."""
     end_lr: float = 4e-5
@@ -201,8 +199,7 @@ class OptimizerConfig:
     warmup_steps: int = 2000
     """Steps over which the learning rate rises linearly from 0 to `peak_lr`; 0: no warm-up."""
     decay_steps: int = 0
-    """Length of the final decay under `wsd`, in steps; 0 under the other schedules, which decay
-    from the end of the warm-up."""
+    """Steps of the final decay under `wsd`; 0 for the others, which decay from the warm-up on."""
     beta1: float = 0.9
     """Decay rate of AdamW's running mean of the gradients."""
     beta2: float = 0.95
@@ -343,12 +340,14 @@ class Config:
     """Parts of a step that are computed one after the other, which needs less memory."""
     batch_stages: tuple[BatchStageConfig, ...] = ()
     """Later changes of the batch size, in order. The learning rate is not adapted to them."""
+    # The stored weights and the optimizer are always float32: a typical update is too small to
+    # change a weight in bfloat16. CPUs are slower in bfloat16, for which few have fast products.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of the computation; the stored weights and the optimizer stay in float32. `auto` is
-    bfloat16, but float32 on a CPU, where bfloat16 is slower."""
+    """Dtype of the computation with float32 weights; `auto`: bfloat16, but float32 on a CPU."""
+    # Of the model only `context` and `rope_factor` may differ from that of these weights
+    # (training/warm_start.py); the optimizer, the step and the data begin anew.
     init_from: str | None = None
-    """Start with the weights of `RUN[@STEP]` (by default its newest checkpoint) or of a Hugging
-    Face Llama folder. Only `model.context` and `model.rope_factor` may differ from that model's."""
+    """Start from weights of `RUN[@STEP]` (newest by default) or a Hugging Face Llama folder."""
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the samples."""
     log_every: int = 10
@@ -418,11 +417,11 @@ class Launch:
     """The processes and devices that compute a run. They change its results only by rounding."""
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 listens for the others. Under Slurm it is found by itself."""
+    """HOST:PORT at which process 0 listens for the others; detected under Slurm."""
     num_processes: int | None = None
-    """Number of processes, one for each machine. Under Slurm it is found by itself."""
+    """Number of processes, one for each machine; detected under Slurm."""
     process_id: int | None = None
-    """Number of this process, counted from 0. Under Slurm it is found by itself."""
+    """Number of this process, counted from 0; detected under Slurm."""
     data_axis: int = 1
     """Number of device groups that each keep a full copy of weights and optimizer; 1: no copies."""
 

@@ -1,6 +1,6 @@
 """The matrix products of a block, each joined with the cheap computation before it.
 
-Every function here has a backward pass of its own (`jax.custom_vjp`), for two reasons.
+Each of these functions has a backward pass of its own (`jax.custom_vjp`), for two reasons.
 
 Memory: what is kept for the backward pass are operands and results of matrix products, and nothing
 that is elementwise. The backward pass computes elementwise results a second time where it needs
