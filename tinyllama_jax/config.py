@@ -98,8 +98,11 @@ class LlamaConfig:
 
 
 TINYLLAMA_1B = LlamaConfig()
+# Rows are four times as long as in pretraining, so RoPE positions are divided by 4 and stay in the
+# range that the model was pretrained on.
 TINYLLAMA_CODE_8K = dataclasses.replace(TINYLLAMA_1B, context=8192, rope_factor=4.0)
 TINYLLAMA_120M = LlamaConfig(layers=12, width=768, query_heads=12, kv_heads=1, swiglu_width=2048)
+# Small enough to train in minutes on two CPU cores.
 DEMO = LlamaConfig(
     vocab_size=4096,
     layers=4,
@@ -178,6 +181,8 @@ class DataConfig:
                 f"The weights {weights} of the data sources must be numbers from 0 on, one of them "
                 "above 0.",
             )
+        # Weight 0 is allowed for a time, since a source may be meant for a later stage, but not
+        # for the whole run: its path would be checked and its validation run for nothing.
         for name, weights in zip(names, zip(*in_turn, strict=True), strict=True):
             require(
                 any(weights),
