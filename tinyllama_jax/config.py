@@ -1,6 +1,7 @@
-"""The ground floor: every option of a run, as one tree of frozen dataclasses.
+"""Every option of a training run, as one tree of frozen dataclasses.
 
-Defaults live here and nowhere else. A config file (configs/*.py) defines `get_config() -> Config`.
+Default values live here and nowhere else. A config file (configs/*.py) defines
+`get_config() -> Config`. The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
@@ -16,17 +17,16 @@ AttentionBackend = Literal["auto", "reference", "pallas", "triton", "cudnn"]
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-    """How the model is computed: speed and memory, and no number but by rounding."""
+    """Choices that trade speed for memory. They change results only by rounding."""
 
     attention: AttentionBackend = "auto"
-    """`auto` picks by device: our kernels or cuDNN on a GPU, plain JAX on a CPU."""
+    """`auto` chooses by device: a Pallas kernel or cuDNN on a GPU, plain JAX on a CPU."""
     recompute: Literal["nothing", "elementwise", "layers"] = "nothing"
-    """What the backward pass computes again instead of keeping it: nothing; the SwiGLU product and
-    plain JAX's attention, so that no product of weights runs twice; or all but the input of each
+    """What the backward pass computes a second time to save memory. `elementwise`: only what needs
+    no product with weights (SwiGLU's elementwise part, plain JAX's attention). `layers`: each
     layer."""
     gather: Literal["step", "layer"] = "step"
-    """When the weights are gathered from all devices: once a step, or layer by layer in each
-    micro-batch, for models whose weights and gradients do not fit a device."""
+    """Gather the weights on each device once a `step`, or, to save memory, `layer` by `layer`."""
 
     def __post_init__(self):
         require(
@@ -38,21 +38,28 @@ class ExecutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama 2 decoder."""
+    """The shape of a Llama 2 decoder. The defaults are those of TinyLlama 1.1B."""
 
     vocab_size: int = 32_000
+    """Number of pieces in the tokenizer's vocabulary."""
     layers: int = 22
     width: int = 2048
+    """Size of the residual stream."""
     query_heads: int = 32
     kv_heads: int = 4
+    """Number of key and value heads; each is shared by query_heads / kv_heads query heads."""
     head_width: int = 64
+    """Size of one attention head; even, because RoPE rotates pairs of numbers."""
     swiglu_width: int = 5632
+    """Size of the hidden layer of the SwiGLU feed-forward network."""
     context: int = 2048
-    """Tokens of a row; a divisor of the 8,192 tokens of a record."""
+    """Tokens in a training row. It must divide 8,192, the tokens in a stored record."""
     rope_base: float = 10_000.0
+    """Base of the RoPE frequencies, often called theta."""
     rope_factor: float = 1.0
-    """RoPE positions are divided by this (linear position interpolation)."""
+    """RoPE positions are divided by this factor (linear position interpolation); 1 changes none."""
     norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm, so that a row of zeros is not divided by zero."""
 
     def __post_init__(self):
         sizes = {
@@ -75,7 +82,7 @@ class LlamaConfig:
         )
 
     def parameters(self) -> int:
-        """Number of weights, by hand arithmetic; a test holds it against the real tree."""
+        """Returns the number of weights, computed from the shape without building the model."""
         attention = 2 * self.width * self.head_width * (self.query_heads + self.kv_heads)
         swiglu = 3 * self.width * self.swiglu_width
         embedding_and_head = 2 * self.vocab_size * self.width
@@ -87,8 +94,11 @@ class LlamaConfig:
 
 
 TINYLLAMA_1B = LlamaConfig()
+# Rows are four times as long as in pretraining, so RoPE positions are divided by 4 and stay in the
+# range that the model was pretrained on.
 TINYLLAMA_CODE_8K = dataclasses.replace(TINYLLAMA_1B, context=8192, rope_factor=4.0)
 TINYLLAMA_120M = LlamaConfig(layers=12, width=768, query_heads=12, kv_heads=1, swiglu_width=2048)
+# Small enough to train in minutes on two CPU cores.
 DEMO = LlamaConfig(
     vocab_size=4096,
     layers=4,
@@ -103,43 +113,44 @@ DEMO = LlamaConfig(
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One dataset of the mixture."""
+    """One dataset of the training mixture."""
 
     name: str
-    """Its name in metrics: `val/<name>/loss`, `data/<name>/tokens`."""
+    """The name in metrics such as `val/<name>/loss` and `data/<name>/tokens`."""
     path: str
-    """Folder written by `tinyllama prepare`."""
+    """The folder that `tinyllama prepare` wrote."""
     weight: float = 1.0
-    """Share of the training tokens, relative to the other sources; 0: from a later stage on."""
+    """Share of the training tokens relative to the other sources; 0: unused until a later stage."""
     max_epochs: float | None = None
-    """A run that would read the source more often than this is refused."""
+    """A run that would read the source more often than this is refused; None: no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """From some token of the run on, other weights of the sources."""
+    """A later part of the run, in which the sources have other weights."""
 
     start_tokens: int
-    """Tokens read before it; a row that this would cut belongs to it."""
+    """Tokens of the run before the stage, counted over all sources and rounded down to a row."""
     weights: tuple[float, ...]
-    """One per source, in the order of the sources."""
+    """One weight for each source, in the order of the sources; 0: the source is not read."""
     ramp_tokens: int = 0
-    """Over this many tokens the shares move linearly from those before; 0: at once."""
+    """Tokens over which the shares move linearly to the new ones; 0: they change at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What the model reads."""
+    """The data that the model is trained on."""
 
     sources: tuple[SourceConfig, ...] = ()
+    """The datasets of the mixture."""
     stages: tuple[StageConfig, ...] = ()
-    """Changes of the weights on the way, in order; until the first, the sources' own hold."""
+    """Later changes of the source weights, in order; the run begins with the sources' own."""
     tokenizer: str = "tokenizer.model"
-    """The sentencepiece model that the sources were prepared with."""
+    """Path of the sentencepiece model with which the sources were prepared."""
     mask_documents: bool = False
-    """A token sees its own document alone, not all that stands before it in the row."""
-    first_tokens: bool = True  # though nothing of the document tells it
-    """The first token of a document counts in the loss."""
+    """Let a token attend only to its own document, not to earlier documents in the same row."""
+    first_tokens: bool = True
+    """Count the first token of a document in the loss, although only other text precedes it."""
 
     def __post_init__(self):
         names = [source.name for source in self.sources]
@@ -166,6 +177,8 @@ class DataConfig:
                 f"The weights {weights} of the data sources must be numbers from 0 on, one of them "
                 "above 0.",
             )
+        # Weight 0 is allowed for a time, since a source may be meant for a later stage, but not
+        # for the whole run: its path would be checked and its validation run for nothing.
         for name, weights in zip(names, zip(*in_turn, strict=True), strict=True):
             require(
                 any(weights),
@@ -176,23 +189,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping by global norm, and its learning rate."""
+    """AdamW, gradient clipping and the learning rate. The defaults are TinyLlama's."""
 
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """From `peak_lr` after the warm-up to `end_lr` at the last step, by a cosine or a line; `wsd`
-    stays at the peak until the last `decay_steps` and takes the line then."""
+    """How the rate falls to `end_lr`; `wsd`: linearly, during the last `decay_steps` steps."""
     peak_lr: float = 4e-4
+    """Learning rate at the end of the warm-up."""
     end_lr: float = 4e-5
+    """Learning rate at the last step."""
     warmup_steps: int = 2000
+    """Steps over which the learning rate rises linearly from 0 to `peak_lr`; 0: no warm-up."""
     decay_steps: int = 0
-    """Of `wsd`: how many of the last steps decay. The others decay from the warm-up to the end."""
+    """Steps of the final decay under `wsd`; 0 for the others, which decay from the warm-up on."""
     beta1: float = 0.9
+    """Decay rate of AdamW's running mean of the gradients."""
     beta2: float = 0.95
+    """Decay rate of AdamW's running mean of the squared gradients."""
     eps: float = 1e-8
+    """Added to AdamW's denominator."""
     weight_decay: float = 0.1
+    """Each step subtracts this times the learning rate times the weight; 0: no decay."""
     decay_matrices_only: bool = False
-    """Leave the norm gains without weight decay; the original decayed every parameter."""
+    """Apply no weight decay to the norm gains. TinyLlama decayed every weight, so it is off."""
     clip_norm: float = 1.0
+    """Largest norm of all gradients together; gradients with a larger one are scaled down."""
 
     def __post_init__(self):
         require(
@@ -207,7 +227,8 @@ class OptimizerConfig:
             "wsd needs a number above 0, and the other schedules take none.",
         )
         require(self.clip_norm > 0, "optimizer.clip_norm must be above 0.")
-        # A weight whose gradient was always 0, as of a token never seen, would be 0 / 0 without it.
+        # The embedding of a token that never occurs has a gradient of exactly 0 and hence moments
+        # of 0. With eps = 0 its update is 0 / 0, although loss and gradient norm stay finite.
         require(self.eps > 0, "optimizer.eps must be above 0.")
         require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative.")
         for name in ("beta1", "beta2"):
@@ -216,13 +237,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved. One more checkpoint is written at the end and after a signal."""
+    """When the run is saved. It is also saved at the end and when a signal stops it."""
 
     every: int = 5000
+    """Steps between checkpoints."""
     keep: int = 3
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep; older ones are deleted."""
     permanent_every: int = 0
-    """Checkpoints at multiples of this step are never deleted; 0: none is permanent."""
+    """Never delete the checkpoints at multiples of this step; 0: every old one is deleted."""
 
     def __post_init__(self):
         require(self.every > 0, "checkpoint.every must be above 0.")
@@ -237,11 +259,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Held-out loss and bits per byte per source, over all devices; once more at the end."""
+    """When the loss on held-out rows of each source is measured. It is also measured at the end."""
 
     every: int = 5000
+    """Steps between validations."""
     rows: int = 512
-    """Held-out rows per source at intervals; the last validation reads all of them."""
+    """Held-out rows read from each source; the validation at the end reads all of them."""
 
     def __post_init__(self):
         require(self.every > 0 and self.rows > 0, "validation.every and .rows must be above 0.")
@@ -249,12 +272,16 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Text that the model writes on the way, into `samples/`."""
+    """Texts that the model generates during training, written to `samples/` in the run folder."""
 
     every: int = 5000
+    """Steps between samples."""
     prompts: tuple[str, ...] = ("The",)
+    """The beginnings of the texts."""
     max_tokens: int = 64
+    """Largest number of tokens that are added to each prompt."""
     temperature: float = 0.8
+    """The logits are divided by this before a token is drawn; 0: always the likeliest token."""
 
     def __post_init__(self):
         positive = self.every > 0 and self.max_tokens > 0
@@ -265,16 +292,16 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Tasks of lm-evaluation-harness, as `eval/<task>/<metric>`; once more at the end."""
+    """Scores on tasks of lm-evaluation-harness, logged as `eval/<task>/<metric>`."""
 
     every: int = 0
-    """0: never, not at the end either."""
+    """Steps between evaluations; there is one more at the end. 0: no evaluation at all."""
     tasks: tuple[str, ...] = ()
-    """Their names, or `commonsense`: the seven of the original."""
+    """Names of tasks; `commonsense` stands for the seven tasks that TinyLlama reported."""
     limit: int | None = None
-    """Only the first documents of each task."""
+    """Number of documents to use from each task, the first ones; None: all."""
     include_path: str | None = None
-    """Folder of task files of one's own."""
+    """Folder with task files of your own, in lm-evaluation-harness's format."""
 
     def __post_init__(self):
         require(
@@ -290,11 +317,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchStageConfig:
-    """After some step of the run, another batch size, in the memory of the same micro-batch."""
+    """A change of the batch size. Micro-batches keep their rows, so a step needs no more memory."""
 
     after_step: int
+    """The last step with the previous batch size."""
     micro_batches: int
-    """Micro-batches of each later step, of as many rows as those before."""
+    """Number of micro-batches in each later step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,22 +330,29 @@ class Config:
     """One run. A step is one optimizer update over `batch_rows` rows of `model.context` tokens."""
 
     run_folder: str
+    """Folder for all that the run writes; a run that is found there is continued."""
     model: LlamaConfig
     data: DataConfig
     steps: int
+    """Optimizer updates in the whole run."""
     batch_rows: int
-    """Rows of an optimizer step, over all devices and micro-batches."""
+    """Rows in a step, over all devices and micro-batches."""
     micro_batches: int = 1
-    """The rows of a step are split into this many micro-batches, whose gradients are added."""
+    """Parts of a step that are computed one after the other, which needs less memory."""
     batch_stages: tuple[BatchStageConfig, ...] = ()
-    """Changes of the batch size on the way, in order; the learning rate does not know them."""
+    """Later changes of the batch size, in order. The learning rate is not adapted to them."""
+    # The stored weights and the optimizer are always float32: a typical update is too small to
+    # change a weight in bfloat16. CPUs are slower in bfloat16, for which few have fast products.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and optimizer stay fp32; `auto` computes in bf16, on CPU (slower there) in fp32."""
+    """Dtype of the computation with float32 weights; `auto`: bfloat16, but float32 on a CPU."""
+    # Of the model only `context` and `rope_factor` may differ from that of these weights
+    # (training/warm_start.py); the optimizer, the step and the data begin anew.
     init_from: str | None = None
-    """Begin with the weights of `RUN[@STEP]` (newest checkpoint by default) or of a Hugging Face
-    Llama folder, and all else fresh. Context and RoPE factor may differ from theirs."""
+    """Start from weights of `RUN[@STEP]` (newest by default) or a Hugging Face Llama folder."""
     seed: int = 0
+    """Seed of the initial weights, of the order of the data, and of the samples."""
     log_every: int = 10
+    """Steps between two lines of metrics."""
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -360,16 +395,16 @@ class Config:
 
     @property
     def micro_rows(self) -> int:
-        """Rows of a micro-batch, over all devices; the same in every step."""
+        """Number of rows in a micro-batch, over all devices; the same in every step."""
         return self.batch_rows // self.micro_batches
 
     def batch_sizes(self) -> list[tuple[int, int]]:
-        """(steps before, micro-batches of a step) of each stretch of the run."""
+        """Returns a pair (steps before it, micro-batches per step) for each batch size in turn."""
         later = [(stage.after_step, stage.micro_batches) for stage in self.batch_stages]
         return [(0, self.micro_batches), *later]
 
     def rows_after(self, step: int) -> int:
-        """Rows that the first `step` steps read: the position in the data."""
+        """Returns how many rows the first `step` steps read, which is the position in the data."""
         sizes = self.batch_sizes()
         ends = [start for start, _ in sizes[1:]] + [step]
         return self.micro_rows * sum(
@@ -380,16 +415,16 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a run is computed, which decides no number of it but by rounding."""
+    """The processes and devices that compute a run. They change its results only by rounding."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0; Slurm's is found."""
+    """HOST:PORT at which process 0 listens for the others; detected under Slurm."""
     num_processes: int | None = None
-    """How many processes, one a machine; Slurm's is found."""
+    """Number of processes, one for each machine; detected under Slurm."""
     process_id: int | None = None
-    """Which one this is, from 0; Slurm's is found."""
+    """Number of this process, counted from 0; detected under Slurm."""
     data_axis: int = 1
-    """Groups of devices that each hold the whole state."""
+    """Number of device groups that each keep a full copy of weights and optimizer; 1: no copies."""
 
     def __post_init__(self):
         given = (self.coordinator, self.num_processes, self.process_id)
@@ -405,8 +440,10 @@ class Launch:
         require(self.data_axis > 0, f"--data-axis is {self.data_axis}: it must be above 0.")
 
 
-# What a run may change when it goes on. All else decides the numbers it has already made; `steps`
-# decides only those to come, by a longer or shorter decay.
+# The options that may change when a run is continued. All others have shaped the steps that were
+# already made, so a continued run with other values would be neither the old run nor a new one.
+# `steps` shaped them too, by the decay of the learning rate. It may change all the same, because
+# to lengthen a finished run is the first thing that people try; the run prints a line about it.
 CHANGEABLE = (
     "run_folder",
     "steps",
@@ -419,12 +456,16 @@ CHANGEABLE = (
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
+    """Returns a config as plain JSON values, in which tuples have become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `name: old -> new` for what differs between two configs of one run."""
+    """Compares two configs of one run, as `to_json` gives them.
+
+    Returns:
+      A line `name: old -> new` for each option that differs, without those in `CHANGEABLE`.
+    """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if not prefix and key in CHANGEABLE:

@@ -1,1 +1,1 @@
-"""New text from a trained model."""
+"""Generating text with a trained model."""

@@ -7,14 +7,17 @@ from tinyllama_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen; filters apply in this order, as in transformers."""
+    """How the next token is chosen. The fields apply in their order, as in Hugging Face's library.
+
+    Tokens with exactly the logit of the last one that a filter keeps are kept too.
+    """
 
     temperature: float = 0.0
-    """0 takes the likeliest token, else samples from softmax(logits / temperature)."""
+    """0: always the likeliest token; else a sample from softmax(logits / temperature)."""
     top_k: int = 0
-    """Only the k likeliest tokens, and all as likely as the last of them; 0: all."""
+    """Sample only from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability (Holtzman et al. 2019)."""
+    """Sample only from the fewest tokens of this total probability (Holtzman et al. 2019)."""
 
     def __post_init__(self):
         require(self.temperature >= 0, "--temperature must not be negative.")

@@ -1,31 +1,48 @@
-"""Text whose ids arrive by and by: whole characters, up to a stop string."""
+"""Turns token ids that arrive a few at a time into text, up to a stop string.
+
+A token may hold only a part of a character's bytes, and a later token may complete a stop string.
+So text is shown only when no later token can change it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sentencepiece import SentencePieceProcessor
 
-# What sentencepiece makes of bytes that are no character, or not yet.
+# The character that sentencepiece decodes bytes to which form no character, or none yet.
 UNFINISHED = "\ufffd"
 
 
 class Continuation:
-    """The text after a prompt. What was shown of it stays true, whatever ids follow."""
+    """The text that continues a prompt. What was returned of it never changes by later ids."""
 
     def __init__(
         self, tokenizer: SentencePieceProcessor, prompt: Sequence[int], stops: Sequence[str] = ()
     ):
+        """Begins an empty continuation.
+
+        Args:
+          tokenizer: decodes the ids.
+          prompt: ids of the prompt.
+          stops: strings of which the first to appear ends the text.
+        """
         self._tokenizer, self._stops = tokenizer, stops
         self._ids = list(prompt)
         self.prompt = tokenizer.decode(self._ids).rstrip(UNFINISHED)
-        self._shown = 0
+        self._shown = 0  # characters of the continuation that were returned
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that further ids bring; with `last` nothing is held back for what may follow.
+        """Adds ids and returns the text that can be shown because of them.
 
-        Held back are the bytes of a character that is not whole, and what a stop string may begin
-        with. A stop string ends the text, and neither it nor what follows is shown.
+        Two things are held back at the end: bytes of a character that is not complete, and
+        characters with which a stop string may begin. A stop string ends the text, and neither the
+        string nor what follows it is returned.
+
+        Args:
+          ids: the new ids.
+          last: whether no more ids will follow; nothing is held back then.
         """
-        # All ids each time: sentencepiece gives the first piece no space, and joins bytes.
+        # All ids are decoded each time. Decoded alone, the new ones would lose the space before the
+        # first of them, and bytes of one character in several tokens would not be joined.
         self._ids += ids
         text = self._tokenizer.decode(self._ids)[len(self.prompt) :]
         end = find_stop(text, self._stops)
@@ -42,7 +59,16 @@ def as_they_come(
     chunks: Iterable[list[list[int]]],
     stops: Sequence[str] = (),
 ) -> Iterator[str]:
-    """What a terminal shows of `generate.stream`: the first text by pieces, then the others."""
+    """Yields the text that a terminal shows of `generate.stream`.
+
+    The first text appears as it is generated; the others follow as wholes when all are complete.
+
+    Args:
+      tokenizer: decodes the ids.
+      prompts: ids of the prompts, which are shown before their continuations.
+      chunks: what `generate.stream` yields for these prompts.
+      stops: strings of which the first to appear ends a text.
+    """
     texts = [Continuation(tokenizer, prompt, stops) for prompt in prompts]
     held = [text.prompt for text in texts]
     for new in chunks:
@@ -54,17 +80,21 @@ def as_they_come(
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int:
-    """Where the first of the stop strings begins; the length of the text if it holds none."""
-    return min((at for at in map(text.find, stops) if at >= 0), default=len(text))
+    """Returns where the first of the stop strings begins, or the text's length if there is none."""
+    return min((start for start in map(text.find, stops) if start >= 0), default=len(text))
 
 
 def make_stop(
     tokenizer: SentencePieceProcessor, stops: Sequence[str]
 ) -> Callable[[list[int]], bool] | None:
-    """The `stop` of `generate`: do the new ids of a row spell a stop string? None without any."""
+    """Makes the argument `stop` of `generate`, which ends a row whose new ids hold a stop string.
+
+    Returns None if there are no stop strings.
+    """
     if not stops:
         return None
-    # Some piece in front keeps the space that the first new one may begin with.
+    # The new ids are decoded after some other piece, here a newline, because sentencepiece drops
+    # the space with which a text begins.
     before = [tokenizer.piece_to_id("<0x0A>")]
 
     def stop(new: list[int]) -> bool:
@@ -75,7 +105,7 @@ def make_stop(
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text that some stop string begins with."""
+    """Returns the length of the longest end of the text with which a stop string begins."""
     longest = max(map(len, stops), default=0)
     lengths = range(min(longest - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -1,6 +1,7 @@
-"""Causal grouped-query attention: one contract, four backends, and decoding beside it.
+"""Grouped-query attention: one function with four backends, and another for decoding.
 
-Shapes: B batch, T query length, S key length, N query heads, K kv heads, G = N / K, H head width.
+Shapes: B batch, T query length, S key length, N query heads, K kv heads, G = N / K, H head width,
+R = G T.
 """
 
 import functools
@@ -18,13 +19,18 @@ from tinyllama_jax.config import AttentionBackend
 from tinyllama_jax.model.flash_attention import HEAD_WIDTHS, flash_attention, padded_width
 from tinyllama_jax.model.tiles import TILES
 
-# What a device calls itself -> the chip that its kernels are tuned for.
+# A part of the name that a device reports -> the chip whose tiles it uses. An H200 is an H100 with
+# more memory.
 CHIPS = {"A100": "A100", "H100": "H100", "H200": "H100"}
 COMPUTE_CAPABILITY = {"A100": 80, "H100": 90}
-LOWEST = jnp.finfo(jnp.float32).min  # a row without any visible key stays finite
-SCOPE = "attend"  # what each operation of `attention` is named under in a compiled program
+# Stands for -inf as the score of a pair that must not see each other. It is finite, because the
+# softmax of a row of -inf, which has no visible key at all, would be NaN.
+LOWEST = jnp.finfo(jnp.float32).min
+# The named scope of all operations of `attention`. `tinyllama_jax/performance/` recognizes them by
+# it in a compiled program.
+SCOPE = "attend"
 
-# (chip, documents) -> what `auto` takes there, and why.
+# (chip, whether there are documents) -> the backend that `auto` chooses, and the reason it prints.
 AUTO: dict[tuple[str, bool], tuple[AttentionBackend, str]] = {
     ("A100", False): ("pallas", "gives the same bits twice; cuDNN was not measured on this chip"),
     ("A100", True): ("pallas", "skips what documents do not see, which cuDNN cannot do"),
@@ -44,29 +50,34 @@ def attention(
     scale: float | None = None,
     backend: AttentionBackend = "auto",
 ) -> jax.Array:
-    """softmax(scale q k^T + mask) v (Vaswani et al. 2017, section 3.2.1), softmax in fp32.
+    """Computes softmax(scale q k^T + mask) v (Vaswani et al. 2017, section 3.2.1).
 
-    Under `jax.set_mesh` the kernels run on each device's own rows; inside `jax.shard_map` they ask
-    for `check_vma=False`.
+    The softmax is computed in fp32. Under `jax.set_mesh` each device runs the kernels on its own
+    rows of the batch. A caller inside `jax.shard_map` must pass `check_vma=False` to it, because
+    the kernels do not declare over which mesh axes their results vary.
 
     Args:
       q_BTNH: queries; query head n reads kv head n // (N / K).
-      k_BSKH: keys, S equal to T.
+      k_BSKH: keys, with S equal to T.
       v_BSKH: values.
-      causal: query t sees keys up to t.
-      segment_ids: integers of shape (B, T); a token sees its own segment alone.
-      scale: factor on the scores, above 0; 1 / sqrt(H) by default.
-      backend: `reference` is plain JAX, for every device and memory enough for (B, N, T, T) scores.
-        `pallas` and `triton` are FlashAttention on A100, H100 and H200, in bf16 or fp32, for heads
-        up to 128 wide; `pallas` is interpreted on a CPU, for tests. `cudnn` is JAX's own, in bf16,
-        for an even T, without segment_ids. `auto` takes by `AUTO`, or `reference` where that cannot
-        do what is asked, and says so once; on a CPU it is `reference`.
+      causal: whether query t sees only the keys up to t.
+      segment_ids: integers of shape (B, T); a token sees only tokens with its own segment id.
+      scale: factor on the scores, above 0; by default 1 / sqrt(H).
+      backend: which implementation computes it.
+        `reference` is plain JAX. It runs on every device that has memory for the (B, N, T, T)
+        scores.
+        `pallas` and `triton` are this project's FlashAttention kernels for A100, H100 and H200, in
+        bf16 or fp32, for heads up to 128 wide. On a CPU `pallas` runs in an interpreter, for tests.
+        `cudnn` is the function of that library, through JAX, in bf16 or fp16, for an even T and
+        without segment_ids.
+        `auto` is `reference` on a CPU. On a GPU it is what the table `AUTO` says, or another
+        backend if that one cannot do what is asked, and the choice is printed once.
 
     Returns:
       o_BTNH in the dtype of the queries.
 
     Raises:
-      ValueError: shapes that do not fit together, or what the backend asked for cannot do.
+      ValueError: the shapes do not fit together, or the backend cannot do what is asked.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -79,7 +90,8 @@ def attention(
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids {segment_ids.shape} must have shape {(B, T)}.")
     if segment_ids is not None:
-        # As JAX itself would make them; NumPy's wider ones could meet in one segment by wrapping.
+        # JAX would convert 64-bit NumPy integers to 32 bits without a warning, and two segments
+        # whose ids differ by a multiple of 2^32 would become one.
         if isinstance(segment_ids, np.ndarray) and segment_ids.size:
             if segment_ids.min() < -(2**31) or segment_ids.max() >= 2**31:
                 raise ValueError("segment_ids go beyond 32 bits: number the documents of a row.")
@@ -92,7 +104,7 @@ def attention(
     documents = segment_ids is not None
     if backend == "auto":
         backend, reason = choose_backend(chip, q_BTNH.dtype, H, T, documents)
-        if chip != "cpu":  # where there is nothing to choose
+        if chip != "cpu":  # on a CPU there is nothing to choose, hence nothing to say
             _say_once(f"attention on {chip}: {backend} ({reason})")
     elif complaint := why_not(backend, chip, q_BTNH.dtype, H, T, documents):
         raise ValueError(f"attention backend {backend!r} {complaint}.")
@@ -107,9 +119,9 @@ def attention(
         flash_attention,
         causal=causal,
         scale=scale,
-        # Imported when asked for: not every machine can load Triton.
+        # Imported only when it is used, because not every machine can import Triton.
         kernels=importlib.import_module(f"tinyllama_jax.model.{backend}_kernels"),
-        # The interpreter takes any tiles.
+        # The interpreter on a CPU accepts any tiles, so those of the A100 serve there.
         tiles=TILES[backend, "A100" if chip == "cpu" else chip, str(q_BTNH.dtype), padded_width(H)],
         interpret=chip == "cpu",
         compute_capability=COMPUTE_CAPABILITY.get(chip),
@@ -118,9 +130,10 @@ def attention(
 
 
 def device_chip() -> str:
-    """The chip that is compiled for: a value of `CHIPS`, "cpu", or what the device calls itself."""
+    """Returns the chip to compile for: a value of `CHIPS`, "cpu", or the name of another device."""
     mesh = jax.sharding.get_abstract_mesh()
-    # A mesh may be of devices that are not here, to compile for them.
+    # The mesh is asked first, not the process: `tinyllama plan` compiles on a laptop for a mesh of
+    # GPUs that are elsewhere.
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
     return next(
         (chip for name, chip in CHIPS.items() if name in device.device_kind), device.device_kind
@@ -128,16 +141,23 @@ def device_chip() -> str:
 
 
 def has_kernels() -> bool:
-    """Whether our kernels are made for the chip that is compiled for."""
+    """Returns whether this project has GPU kernels for the chip to compile for."""
     return device_chip() in CHIPS.values()
 
 
 def why_not(
-    backend: AttentionBackend, chip: str, dtype, head_width: int, T: int, documents: bool
+    backend: AttentionBackend,
+    chip: str,
+    dtype: jax.typing.DTypeLike,
+    head_width: int,
+    T: int,
+    documents: bool,
 ) -> str | None:
-    """What a backend cannot do of what is asked, as the end of a sentence; None if it can all.
+    """Returns why a backend cannot compute such an attention, or None if it can.
 
-    Gradients may be asked of whatever is computed forward, so what cannot be differentiated counts.
+    The reason completes a sentence that begins with the backend's name. A case for which a backend
+    has only a forward pass counts as one that it cannot compute, because whoever calls `attention`
+    may ask for gradients later.
     """
     if backend == "cudnn":
         if chip not in CHIPS.values() and "NVIDIA" not in chip:
@@ -161,9 +181,9 @@ def why_not(
 
 
 def choose_backend(
-    chip: str, dtype, head_width: int, T: int, documents: bool
+    chip: str, dtype: jax.typing.DTypeLike, head_width: int, T: int, documents: bool
 ) -> tuple[AttentionBackend, str]:
-    """What `auto` takes, and why."""
+    """Returns the backend that `auto` stands for, and the reason for the choice."""
     unknown = ("cudnn", "no kernel of ours is tuned for this chip")
     candidates: list[tuple[AttentionBackend, str]] = [
         ("reference", "plain JAX; the kernels are for GPUs")
@@ -185,12 +205,15 @@ def _say_once(line: str) -> None:
 
 
 def _on_own_rows(run):
-    """`run` by every device on its own rows, where a mesh is set that the compiler partitions.
+    """Wraps `run` so that every device of the mesh computes its own rows of the batch.
 
-    The compiler cannot cut a kernel in pieces: it would gather all rows on every device. Rows that
-    the devices do not divide, such as a single prompt, are computed by all of them.
+    Without this the compiler, which cannot partition a custom kernel, would gather all rows on
+    every device. If the number of rows is not divisible by the number of devices, as for a single
+    prompt, each device computes all rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    # Only axes that the compiler partitions (Auto) count. Inside a `jax.shard_map` the axes are
+    # Manual, and the arrays hold the device's own rows already.
     axes = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -217,8 +240,9 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
         visible_BTS &= jnp.tri(T, dtype=bool)
     if segment_ids_BT is not None:
         visible_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    # Heads before tokens, and the G queries of a kv head as one axis of rows, R = G T: products
-    # that sum over one axis, the last or the first, need no transposed copies on CPUs.
+    # The heads stand before the tokens, and the queries of the G heads that share a kv head form
+    # one axis of R = G T rows. Then each product sums over a single axis that is the first or the
+    # last one; for any other layout XLA on CPUs makes transposed copies.
     K = k_BSKH.shape[2]
     q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
@@ -228,7 +252,9 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal, scale):
     scores_BKGTS = jnp.where(
         visible_BTS[:, None, None], scores_BKRS.reshape(B, K, -1, T, T), LOWEST
     )
-    # Divided by their sum after the second product: fewer passes over T T numbers, back as forth.
+    # The softmax is written out instead of calling jax.nn.softmax, so that the division by the sum
+    # can follow the second product. That saves a pass over T T numbers in each direction. The
+    # maximum needs no gradient, since it cancels out of the quotient.
     peaks_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
     weights_BKRS = jnp.exp(scores_BKGTS - peaks_BKGT1).reshape(B, K, -1, T)
     sums_BKRH = jnp.einsum(
@@ -250,14 +276,17 @@ def cached_attention(
     *,
     scale: float | None = None,
 ) -> jax.Array:
-    """Attention of the newest token of each row over a cache that holds it, for decoding.
+    """Computes attention for the newest token of each row over a cache of keys, for decoding.
+
+    The cache must already hold the keys and values of the newest token itself.
 
     Args:
-      q_B1NH: its queries.
-      k_BKSH: cached keys, tokens in any order; head by head, as they are read.
+      q_B1NH: queries of the newest token.
+      k_BKSH: cached keys, in any order of the tokens. The heads stand before the tokens because
+        one head is read at a time.
       v_BKSH: cached values.
-      filled_BS: bool, which columns of the cache hold a token of the row; no other is looked at.
-      scale: factor on the scores; 1 / sqrt(H) by default.
+      filled_BS: bool, which columns of the cache hold a token of the row; others are not seen.
+      scale: factor on the scores; by default 1 / sqrt(H).
 
     Returns:
       o_B1NH, equal to the last row of `attention` over the tokens in the cache.

@@ -1,11 +1,12 @@
-"""The embedding: rows of a table by token, and a gradient of it that adds in fp32 and in order.
+"""The token embedding, with a gradient that is summed in fp32 and, on GPUs, in a fixed order.
 
-The gradient of `table[tokens]` as JAX makes it adds in the table's dtype, in bf16 until a frequent
-token's sum is too large to notice what is added to it; on a GPU it adds by atomics besides, in
-another order each time.
+The gradient of a token's row in the table is a sum over all places where the token occurs. JAX's
+own gradient of `table[tokens]` has two faults. It sums in the dtype of the table: in bf16 the sum
+of a frequent token soon grows so large that adding one more term no longer changes it. And on a GPU
+it sums by atomic additions, whose order differs from run to run, and with it the result.
 
-Shapes: V pieces, D width, B rows, T tokens of a row, M = B T; a program of the kernel owns a piece
-and C columns, and takes R tokens in one step.
+Shapes: V vocabulary, D width, B batch, T tokens, M = B T. In the kernel a program owns one token of
+the vocabulary and C columns of the table; it takes R places in one loop step.
 """
 
 import functools
@@ -17,20 +18,22 @@ from jax.experimental.pallas import triton as plgpu
 
 from tinyllama_jax.model.attention import has_kernels
 
-TOKENS_A_STEP = 8  # rows in flight, where a frequent token has thousands of them
-MOST_COLUMNS = 1024
+# Places that a program takes in one loop step. Several loads at once hide the latency of memory,
+# which matters for frequent tokens with thousands of places.
+TOKENS_A_STEP = 8
+MOST_COLUMNS = 1024  # for one program
 
 
 @jax.custom_vjp
 def embedding(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """table_VD[tokens_BT], (B, T, D).
+    """Returns table_VD[tokens_BT] with shape (B, T, D).
 
-    The gradient's sums are fp32, rounded once to the dtype of the table. On chips that our kernels
-    are for, the same tokens and gradients give the same bits.
+    The gradient of the table is summed in fp32 and rounded once, to the dtype of the table. On the
+    GPUs for which this project has kernels, the same inputs give the same bits.
 
     Args:
-      table_VD: a row for each piece of the vocabulary.
-      tokens_BT: ids in [0, V).
+      table_VD: a row for each token of the vocabulary.
+      tokens_BT: token ids in [0, V).
     """
     return table_VD[tokens_BT]
 
@@ -54,18 +57,26 @@ embedding.defvjp(_forward, _backward)
 def sums_by_token(
     tokens_BT: jax.Array, x_BTD: jax.Array, pieces: int, interpret: bool = False
 ) -> jax.Array:
-    """For each piece the sum of the rows of x that stand at it, (V, D) in the dtype of x.
+    """Sums for each token of the vocabulary the rows of x at the places where the token occurs.
+
+    The sum is taken in fp32, in the order in which the places stand in the batch.
 
     Args:
-      tokens_BT: ids in [0, V).
-      x_BTD: what is added up, in fp32 and in the order of the tokens.
-      pieces: V.
-      interpret: run the kernel in Python.
+      tokens_BT: token ids in [0, V).
+      x_BTD: the rows to sum.
+      pieces: the size V of the vocabulary.
+      interpret: run the kernel in Pallas' interpreter, on a CPU.
+
+    Returns:
+      Sums of shape (V, D), in the dtype of x.
     """
     D = x_BTD.shape[-1]
+    # Sorted by token, the places of a token are neighbors. The sort is stable, so they keep the
+    # order that they have in the batch, and the sum is the same in every run.
     ids_M, order_M = jax.lax.sort_key_val(tokens_BT.ravel(), jnp.arange(tokens_BT.size))
     starts = jnp.searchsorted(ids_M, jnp.arange(pieces + 1))
     columns = min(pl.next_power_of_2(D), MOST_COLUMNS)
+    # No array is cut into blocks: which rows of x a program reads depends on the tokens.
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(_sum_rows, columns=columns),

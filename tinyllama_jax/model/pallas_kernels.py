@@ -1,8 +1,13 @@
-"""FlashAttention's three kernels in Pallas, for its Triton lowering.
+"""FlashAttention's three kernels in Pallas, which JAX compiles for GPUs by way of Triton.
 
-Shapes as in flash_attention.py, and R rows that a program owns, C columns it takes in one step.
-The forward and dQ kernels own queries and walk over keys. The dK/dV kernel owns keys and walks over
-the queries of all G query heads that read them: no program adds to what another one writes.
+A program of the forward or the dQ kernel owns a tile of queries and loops over keys. A program of
+the dK/dV kernel owns a tile of keys and loops over the queries of all G query heads that read them.
+So no two programs add to the same output, there are no atomic additions, and the same inputs give
+the same bits.
+
+Shapes as in flash_attention.py; R rows that a program owns, C columns that it takes in a loop step.
+Scores are exponents of 2, and so are the log-sum-exps (`lse`), because GPUs have an instruction for
+powers of 2 alone.
 """
 
 import functools
@@ -10,14 +15,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-LOWEST = -1e30  # finite: the difference of two of them is 0 and not NaN
+from tinyllama_jax.model.tiles import Call
+
+# The score of a pair that must not see each other. It is finite so that the difference of two such
+# scores is 0 and not NaN.
+LOWEST = -1e30
 
 
 def _dot(a, b):
-    # fp32 stays fp32: TF32 would cost three decimal digits.
+    # By default the tensor cores would round fp32 operands to TF32, which costs three decimal
+    # digits. The fp32 kernels exist to verify others, so they must keep all digits.
     return jax.lax.dot_general(
         a,
         b,
@@ -28,16 +39,19 @@ def _dot(a, b):
 
 
 def _softmax_weights(scores_RC, shift, call):
-    """2^(scores * scale - shift), in two instructions.
+    """Returns 2^(scores * scale - shift), in two GPU instructions per score.
 
-    XLA neither contracts a product and a difference nor takes the fast exponential unless told to
-    flush denormals everywhere: five more instructions a score, where the forward kernel has few.
+    This is written in PTX because of how XLA compiles it: it does not join the product and the
+    difference into one instruction (FMA), and does not take the fast exponential unless denormal
+    numbers are flushed to zero in the whole program (`xla_gpu_ftz`). That makes five more
+    instructions per score, and the forward kernel has few others.
     """
     shift_RC = jnp.broadcast_to(shift, scores_RC.shape)
     if call.interpret:
         return jnp.exp2(scores_RC * call.scale_log2 - shift_RC)
     scale_RC = jnp.full(scores_RC.shape, call.scale_log2, jnp.float32)
-    # The assembler makes the negation a part of the next instruction; XLA would take one for it.
+    # The assembler merges the negation into the FMA. A negation in JAX would be an instruction of
+    # its own.
     code = "neg.ftz.f32 x, $3; fma.rn.ftz.f32 x, $1, $2, x; ex2.approx.ftz.f32 $0, x;"
     return _assembled(code, scores_RC, scale_RC, shift_RC)
 
@@ -47,7 +61,7 @@ def _exp2(x, call):
 
 
 def _assembled(code: str, *arguments):
-    """`code` of PTX for each number, with a register x: $0 is the result, $1 the first argument."""
+    """Runs PTX code on every element: $0 is the result, $1 the first argument, x a register."""
     return plgpu.elementwise_inline_asm(
         f"{{ .reg .f32 x; {code} }}",
         args=arguments,
@@ -58,9 +72,11 @@ def _assembled(code: str, *arguments):
 
 
 def _walk(ranges_ref, near: bool, far: bool, step: Callable, carry):
-    """`carry = step(column_tile, carry)` over the bounds that `column_ranges` found.
+    """Loops `carry = step(column_tile, carry)` over the bounds that `column_ranges` computed.
 
-    near, far: whether anything can be hidden before and after the columns that all rows see.
+    There are three loops, because only tiles before and after the fully visible ones need a mask,
+    and a mask costs time. `near` and `far` say whether there can be any such tiles before and after
+    them. A loop that can only be empty is left out of the program.
     """
     start, full_start, full_stop, stop = (ranges_ref[bound] for bound in range(4))
     masked, full = functools.partial(step, masked=True), functools.partial(step, masked=False)
@@ -71,7 +87,7 @@ def _walk(ranges_ref, near: bool, far: bool, step: Callable, carry):
 
 
 def _tokens(segments_ref, first, size: int, axis: int):
-    """Positions and segments of `size` tokens, laid along one axis of a tile."""
+    """Returns the positions and segment ids of `size` tokens, along one axis of a tile."""
     positions = jnp.expand_dims(first + jnp.arange(size), 1 - axis)
     if segments_ref is None:
         return positions, None
@@ -80,7 +96,9 @@ def _tokens(segments_ref, first, size: int, axis: int):
 
 
 def _visible(queries, keys, causal: bool, length: int):
-    """Which pairs of tokens see each other; `queries` and `keys` as `_tokens` gives them."""
+    """Returns which pairs see each other; `queries` and `keys` are results of `_tokens`."""
+    # Causal attention needs no comparison with the length: padding stands at the end of a row, so
+    # no real query sees a padded key.
     visible = keys[0] <= queries[0] if causal else keys[0] < length
     return visible if keys[1] is None else visible & (keys[1] == queries[1])
 
@@ -100,8 +118,10 @@ def _forward(call, tile, first_row, walk, segments_ref, q_ref, k_ref, v_ref, o_r
             scores_RC = jnp.where(visible_RC, scores_RC, LOWEST)
         new_peak_R = jnp.maximum(peak_R, jnp.max(scores_RC, axis=1) * call.scale_log2)
         weights_RC = _softmax_weights(scores_RC, new_peak_R[:, None], call)
-        # A row that has seen nothing yet has LOWEST for its peak. Without documents all rows have
-        # seen the first column when they come to a mask.
+        # With documents a row may meet tiles of which it sees nothing before the first that it
+        # sees. Its peak is still LOWEST then, scores minus peak are 0, and the hidden columns
+        # would count with weight 1. Without documents every row sees column 0 in its first tile,
+        # so its peak is that of a real score, and no second mask is needed.
         if masked and segments_ref is not None:
             weights_RC = jnp.where(visible_RC, weights_RC, 0.0)
         shrink_R = _exp2(peak_R - new_peak_R, call)
@@ -112,6 +132,7 @@ def _forward(call, tile, first_row, walk, segments_ref, q_ref, k_ref, v_ref, o_r
     zeros_R = jnp.zeros(tile.rows, jnp.float32)
     carry = (jnp.zeros(q_RH.shape, jnp.float32), zeros_R + LOWEST, zeros_R)
     o_RH, peak_R, total_R = walk(step, carry)
+    # Divided by the sum once at the end and not in every step, as FlashAttention-2 does.
     plgpu.store(o_ref, (o_RH * (1 / total_R)[:, None]).astype(o_ref.dtype))
     plgpu.store(lse_ref, peak_R + jnp.log2(total_R))
 
@@ -126,6 +147,8 @@ def _dq(call, tile, first_row, walk, segments_ref, *refs):
         first_column = column_tile * tile.columns
         columns = pl.ds(first_column, tile.columns)
         k_CH = plgpu.load(k_ref.at[columns, :])
+        # The mask comes after the exponential here, unlike in the forward kernel, whose maximum
+        # must not see hidden scores. Where a hidden score gives inf, the mask makes it 0.
         weights_RC = _softmax_weights(_dot(q_RH, k_CH.T), lse_R[:, None], call)
         if masked:
             keys = _tokens(segments_ref, first_column, tile.columns, axis=1)
@@ -138,6 +161,7 @@ def _dq(call, tile, first_row, walk, segments_ref, *refs):
 
     zeros_RH = jnp.zeros(q_RH.shape, jnp.float32)
     dq_RH = walk(step, zeros_RH)
+    # The scale multiplies fp32 sums. In q itself, in bf16, it would cost one more rounding.
     plgpu.store(dq_ref, (dq_RH * call.scale).astype(dq_ref.dtype))
 
 
@@ -175,9 +199,9 @@ def _dkdv(call, tile, first_row, walk, segments_ref, *refs):
 def _launch(kernel, name, rows, call, tile, heads, ranges, segments_BT, inputs, outputs):
     """Runs `kernel` as a grid of (heads, B, T / R) programs.
 
-    `rows` says what they own, "queries" or "keys". `inputs` holds pairs (array, spec), `outputs`
-    pairs (shape and dtype, spec); a spec is a block shape and a function (head, batch, row tile) to
-    a block index.
+    `rows` says whether a program owns "queries" or "keys". `inputs` are pairs (array, spec) and
+    `outputs` pairs (shape and dtype, spec). A spec is a pair (block shape, index function), and
+    the function maps (head, batch, row tile) to the index of a block.
     """
     B, T = inputs[0][0].shape[:2]
     row_tiles = T // tile.rows
@@ -186,8 +210,9 @@ def _launch(kernel, name, rows, call, tile, heads, ranges, segments_BT, inputs, 
     far = documents or (call.causal and rows == "queries") or call.length < T
 
     def row_tile(program):
-        # Long programs first, so that none is left alone at the end: the last queries see most, the
-        # first keys are seen most.
+        # The GPU starts programs in the order of their numbers. The longest ones come first, so
+        # that no long program runs alone at the end: under causal attention the last queries see
+        # the most keys, and the first keys are seen by the most queries.
         return row_tiles - 1 - program if rows == "queries" else program
 
     def block_spec(spec):
@@ -199,7 +224,7 @@ def _launch(kernel, name, rows, call, tile, heads, ranges, segments_BT, inputs, 
         walk = functools.partial(_walk, ranges_ref, near, far)
         kernel(call, tile, row_tile(pl.program_id(2)) * tile.rows, walk, segments_ref, *refs)
 
-    # Without documents every row of the batch has the same ranges.
+    # Without documents the ranges are the same for every row of the batch, and stored once.
     masks = [(ranges, ((None, None, 4), lambda h, b, i: (b if documents else 0, i, 0)))]
     if documents:
         masks += [(segments_BT, ((None, T), lambda h, b, i: (b, 0)))]
@@ -215,8 +240,18 @@ def _launch(kernel, name, rows, call, tile, heads, ranges, segments_BT, inputs, 
     )(*(array for array, _ in masks + inputs))
 
 
-def forward(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH):
-    """o_BTNH, and lse_BNT in logarithms of base 2."""
+def forward(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+) -> list[jax.Array]:
+    """Returns o_BTNH in the dtype of q, and lse_BNT in fp32, the base-2 log-sum-exp of scores.
+
+    `ranges` is what `column_ranges` returns for this kernel's tile.
+    """
     B, T, N, H = q_BTNH.shape
     tile, G = call.tiles.forward, N // k_BTKH.shape[2]
     tokens = ((None, tile.rows, None, H), lambda n, b, i: (b, i, n, 0))
@@ -231,8 +266,18 @@ def forward(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH):
     return launch(call, tile, N, ranges, segments_BT, inputs, outputs)
 
 
-def dq(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delta_BNT):
-    """dq_BTNH."""
+def dq(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    do_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    delta_BNT: jax.Array,
+) -> jax.Array:
+    """Returns the gradient dq_BTNH; delta_BNT is the sum over H of do * o."""
     _, T, N, H = q_BTNH.shape
     tile, G = call.tiles.dq, N // k_BTKH.shape[2]
     tokens = ((None, tile.rows, None, H), lambda n, b, i: (b, i, n, 0))
@@ -245,8 +290,18 @@ def dq(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delt
     return launch(call, tile, N, ranges, segments_BT, inputs, outputs)[0]
 
 
-def dkdv(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delta_BNT):
-    """dk_BTKH and dv_BTKH."""
+def dkdv(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    do_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    delta_BNT: jax.Array,
+) -> list[jax.Array]:
+    """Returns the gradients dk_BTKH and dv_BTKH; delta_BNT is the sum over H of do * o."""
     _, T, N, H = q_BTNH.shape
     tile, K = call.tiles.dkdv, k_BTKH.shape[2]
     queries = ((None, T, N // K, H), lambda k, b, j: (b, 0, k, 0))

@@ -6,49 +6,55 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work."""
+    """How one kernel divides its work among programs (CUDA thread blocks) and loop steps."""
 
     rows: int
-    """Tokens that a program owns: queries in the forward and dQ kernels, keys in dK/dV."""
+    """Tokens that one program owns: queries in the forward and dQ kernels, keys in dK/dV."""
     columns: int
-    """Tokens on the other side that it takes in one step of its loop."""
+    """Tokens of the other kind (keys or queries) that a program takes in one loop step."""
     warps: int
+    """Warps of 32 threads in a program."""
     stages: int
-    """Steps of the loop whose loads are in flight at once."""
+    """Number of loop steps whose loads from memory are in flight at once."""
     tma: bool = False
-    """Triton alone: load through the tensor memory accelerator, which Hopper has."""
+    """Load through the tensor memory accelerator of Hopper GPUs. Only the Triton kernels can."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels."""
+    """One tile for each of the three kernels."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
     def padding(self) -> int:
-        """Row lengths must be multiples of this."""
+        """Returns the number of tokens of which the length of a row must be a multiple."""
+        # The largest size will do, because all sizes are powers of two.
         sizes = (self.forward, self.dkdv, self.dq)
         return max(max(tile.rows, tile.columns) for tile in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is the same for every program of the three kernels."""
+    """The parameters of one attention call, which all programs of the three kernels share."""
 
     tiles: Tiles
     causal: bool
     scale: float
     length: int
-    """Tokens of a row before it was padded to a multiple of the tiles."""
+    """Tokens in a row before it was padded to a multiple of `Tiles.padding()`."""
     interpret: bool
+    """Run the kernel in Pallas' interpreter, on a CPU."""
     compute_capability: int | None
-    """Triton alone: what to compile for, 80 for 8.0."""
+    """The CUDA compute capability to compile for, 80 for 8.0. Only the Triton kernels use it."""
 
     @property
     def scale_log2(self) -> float:
-        """The scale of scores whose softmax is taken in powers of 2: exp(x) = 2^(x log2 e)."""
+        """The scale that makes scores the exponents of 2, since exp(x) = 2^(x log2 e).
+
+        GPUs have an instruction for powers of 2 and none for powers of e.
+        """
         return self.scale * math.log2(math.e)
 
 
@@ -56,8 +62,11 @@ def _tiles(forward, dkdv, dq) -> Tiles:
     return Tiles(Tile(*forward), Tile(*dkdv), Tile(*dq))
 
 
-# (backend, chip, dtype, head width) -> tiles of the forward, dK/dV and dQ kernels. The comment is
-# what the three took on a card; rows without one compile without spills and await their card.
+# (backend, chip, dtype, head width) -> tiles of the forward, dK/dV and dQ kernels.
+#
+# A comment on a row holds the times that the three kernels took on that GPU. A row without a
+# comment was never timed on a GPU. It was chosen from the compiled machine code: it spills no
+# registers to memory, which a larger tile may do. `benchmarks/instructions.py` compares others.
 TILES = {
     ("pallas", "A100", "bfloat16", 32): _tiles((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
     ("pallas", "A100", "bfloat16", 64): _tiles((128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 2)),

@@ -1,14 +1,19 @@
-"""FlashAttention's three kernels in Triton, through jax-triton.
+"""FlashAttention's three kernels in Triton, called through jax-triton.
 
-Shapes as in flash_attention.py, and R rows that a program owns, C columns it takes in one step.
-The forward and dQ kernels own queries and walk over keys. The dK/dV kernel owns keys and walks over
-the queries of all G query heads that read them: no program adds to what another one writes.
+A program of the forward or the dQ kernel owns a tile of queries and loops over keys. A program of
+the dK/dV kernel owns a tile of keys and loops over the queries of all G query heads that read them.
+So no two programs add to the same output, there are no atomic additions, and the same inputs give
+the same bits.
 
-Arrays are (B, T, heads, H) in memory, and all sizes are constants of a kernel. On Hopper the tiles
-may come through the tensor memory accelerator (`Tile.tma`).
+Arrays are (B, T, heads, H) in memory. All sizes are compile-time constants of a kernel. On Hopper
+GPUs the tiles can be loaded through the tensor memory accelerator (`Tile.tma`).
+
+Shapes as in flash_attention.py; R rows that a program owns, C columns that it takes in a loop step,
+S tokens of a tile of either kind. Scores and log-sum-exps (`lse`) are exponents of 2.
 """
 
-# The ranges of Triton are for its own compiler, and TensorDescriptor came with jax-triton 0.4.1.
+# pyright knows neither that `tl.range` can be iterated, which only Triton's own compiler does, nor
+# TensorDescriptor, which exists from jax-triton 0.4.1 on.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 import inspect
@@ -16,28 +21,35 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import triton
 import triton.language as tl
 from jax.interpreters import partial_eval
 
-# From Hopper on Triton 3.9 writes PTX for the newest of the two assemblers that it brings along,
-# CUDA 13's, which the one of JAX's CUDA 12 refuses to read.
+from tinyllama_jax.model.tiles import Call
+
+# Triton 3.9 brings two assemblers along, and from Hopper on it writes PTX in the version of the
+# newer one, CUDA 13's. The assembler of JAX's CUDA 12 refuses to read that version, so Triton is
+# told to use its older assembler for both.
 os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", triton.knobs.nvidia.ptxas.path)
 
-LOWEST = tl.constexpr(-1e30)  # finite: the difference of two of them is 0 and not NaN
+# The score of a pair that must not see each other. It is finite so that the difference of two such
+# scores is 0 and not NaN.
+LOWEST = tl.constexpr(-1e30)
 
-# The columns of a tile of rows lie in three sections, of which only the middle one needs no mask.
+# The columns that a tile of rows visits form three sections. Only the middle one needs no mask.
 NEAR, FULL, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def _load_tile(x, token, head, HEADS: tl.constexpr, H: tl.constexpr, S: tl.constexpr, TMA):
-    """x_SH, S tokens of one head; tokens are counted through the whole batch."""
+    """Loads x_SH: S tokens of one head. `token` counts through the rows of the whole batch."""
     if TMA:
         x_SH = x.load([token, head * H])
     else:
         tokens_S, widths_H = tl.arange(0, S), tl.arange(0, H)
-        x += token.to(tl.int64) * (HEADS * H) + head * H  # a batch may hold 2^31 numbers and more
+        # In 64 bits, because the arrays of a batch may hold more than 2^31 numbers.
+        x += token.to(tl.int64) * (HEADS * H) + head * H
         x_SH = tl.load(x + tokens_S[:, None] * (HEADS * H) + widths_H[None, :])
     return x_SH
 
@@ -51,7 +63,7 @@ def _store_tile(x, x_SH, token, head, HEADS: tl.constexpr, H: tl.constexpr, S: t
 
 @triton.jit
 def _load_segments(segments, token, S: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """segments_S, all 0 where there are no documents."""
+    """Loads segments_S, the segment ids of S tokens; all 0 where there are no documents."""
     if DOCUMENTS:
         segments_S = tl.load(segments + token + tl.arange(0, S))
     else:
@@ -61,7 +73,9 @@ def _load_segments(segments, token, S: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def _visible(queries, query_segments, keys, key_segments, LENGTH, CAUSAL, DOCUMENTS):
-    """Which pairs of tokens see each other; queries and keys lie along different axes."""
+    """Returns which pairs see each other; queries and keys lie along different axes."""
+    # Causal attention needs no comparison with the length: padding stands at the end of a row, so
+    # no real query sees a padded key.
     visible = keys <= queries if CAUSAL else keys < LENGTH
     if DOCUMENTS:
         visible = visible & (query_segments == key_segments)
@@ -70,7 +84,8 @@ def _visible(queries, query_segments, keys, key_segments, LENGTH, CAUSAL, DOCUME
 
 @triton.jit
 def _dot(a, b):
-    # fp32 stays fp32: TF32 would cost three decimal digits.
+    # By default the tensor cores would round fp32 operands to TF32, which costs three decimal
+    # digits. The fp32 kernels exist to verify others, so they must keep all digits.
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -98,7 +113,10 @@ def flash_forward(
     LAST_SECTION: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    """Computes the attention of R queries of one head, and the log-sum-exp of their scores."""
     head, batch = tl.program_id(0), tl.program_id(1)
+    # Programs start in the order of their numbers. The last queries see the most keys and come
+    # first, so that no long program runs alone at the end.
     row_tile = T // R - 1 - tl.program_id(2)
     first_row = row_tile * R
     rows_R = first_row + tl.arange(0, R)
@@ -130,8 +148,10 @@ def flash_forward(
                 scores_RC = tl.where(visible_RC, scores_RC, LOWEST)
             new_peak_R = tl.maximum(peak_R, tl.max(scores_RC, axis=1) * SCALE_LOG2)
             weights_RC = tl.exp2(scores_RC * SCALE_LOG2 - new_peak_R[:, None])
-            # A row that has seen nothing yet has LOWEST for its peak; the first columns of a row
-            # without documents are seen by all.
+            # With documents a row may meet tiles of which it sees nothing before the first that it
+            # sees. Its peak is still LOWEST then, scores minus peak are 0, and the hidden columns
+            # would count with weight 1. Without documents every row sees column 0 in its first
+            # tile, so its peak is that of a real score, and no second mask is needed.
             if DOCUMENTS and section != FULL:
                 weights_RC = tl.where(visible_RC, weights_RC, 0.0)
             shrink_R = tl.exp2(peak_R - new_peak_R)
@@ -140,6 +160,7 @@ def flash_forward(
             total_R = total_R * shrink_R + tl.sum(weights_RC, axis=1)
             peak_R = new_peak_R
 
+    # Divided by the sum once at the end and not in every step, as FlashAttention-2 does.
     _store_tile(o, o_RH * (1 / total_R)[:, None], batch * T + first_row, head, N, H, R)
     lse_R = peak_R + tl.log2(total_R)
     tl.store(lse + (batch * N + head).to(tl.int64) * T + rows_R, lse_R)
@@ -171,6 +192,7 @@ def flash_dq(
     LAST_SECTION: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    """Computes the gradient of R queries of one head."""
     head, batch = tl.program_id(0), tl.program_id(1)
     row_tile = T // R - 1 - tl.program_id(2)
     first_row = row_tile * R
@@ -189,6 +211,8 @@ def flash_dq(
             first_column = column_tile * C
             k_CH = _load_tile(k, batch * T + first_column, head // (N // K), K, H, C, TMA)
             scores_RC = _dot(q_RH, tl.trans(k_CH))
+            # The mask comes after the exponential here, unlike in the forward kernel, whose maximum
+            # must not see hidden scores. Where a hidden score gives inf, the mask makes it 0.
             weights_RC = tl.exp2(scores_RC * SCALE_LOG2 - lse_R[:, None])
             if section != FULL:
                 columns_C = first_column + tl.arange(0, C)
@@ -207,6 +231,7 @@ def flash_dq(
             dscores_RC = weights_RC * (_dot(do_RH, tl.trans(v_CH)) - delta_R[:, None])
             dq_RH += _dot(dscores_RC.to(k_CH.dtype), k_CH)
 
+    # The scale multiplies fp32 sums. In q itself, in bf16, it would cost one more rounding.
     _store_tile(dq, dq_RH * SCALE, batch * T + first_row, head, N, H, R)
 
 
@@ -237,6 +262,7 @@ def flash_dkdv(
     LAST_SECTION: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    """Computes the gradients of R keys and values of one kv head, over all of its query heads."""
     kv_head, batch, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = row_tile * R
     rows_R = first_row + tl.arange(0, R)
@@ -281,16 +307,23 @@ def flash_dkdv(
 
 
 def _run(kernel, tile, compute_capability, grid, inputs, outputs, constants):
-    """Starts `kernel` on `inputs`, pairs (array, block that a TMA descriptor loads or None)."""
-    import jax_triton  # here, because before 0.4 it asks for JAX's CUDA plugin at once
+    """Calls `kernel` through whichever version of jax-triton is installed.
+
+    `inputs` are pairs (array, block): the shape of the blocks that a TMA descriptor loads, or None
+    for an array that is read through a pointer.
+    """
+    # Imported here and not above, because jax-triton before 0.4 looks for JAX's CUDA plugin when it
+    # is imported, and this module is also imported where there is no GPU.
+    import jax_triton
     from jax_triton import triton_lib
 
-    # jax-triton 0.4.1 would keep kernels whose results nobody reads, such as a forward pass that
-    # `jax.checkpoint` does not need again, and its rule takes other arguments than JAX 0.12 gives
-    # it. Kernels without effects are what JAX's own rule is for.
+    # jax-triton 0.4.1 registers a rule of its own for removing unused kernels. That rule keeps
+    # kernels whose results nobody reads, such as a forward pass that `jax.checkpoint` does not need
+    # a second time, and fails on JAX 0.12, which calls rules with other arguments. These kernels
+    # have no side effects, so JAX's default rule is right once that one is gone.
     partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
-    able = hasattr(jax_triton, "TensorDescriptor") and (compute_capability or 90) >= 90
-    if tile.tma and not able:
+    has_tma = hasattr(jax_triton, "TensorDescriptor") and (compute_capability or 90) >= 90
+    if tile.tma and not has_tma:
         raise ValueError(
             "Tiles with tma=True need Hopper or later and jax-triton 0.4.1 or later (Python 3.12, "
             "jax 0.11): upgrade jax-triton, or take tiles without tma."
@@ -300,7 +333,8 @@ def _run(kernel, tile, compute_capability, grid, inputs, outputs, constants):
         for array, block in inputs
     ]
     if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
-        # Triton is about to leave products and sums apart unless asked.
+        # Asks explicitly to join products and sums into FMA instructions, because Triton is going
+        # to change its default.
         options = dict(out_type=outputs, backend_options={"enable_fp_fusion": True})
     else:  # jax-triton before 0.4
         options = dict(out_shape=outputs)
@@ -321,8 +355,9 @@ def _run(kernel, tile, compute_capability, grid, inputs, outputs, constants):
 def _launch(kernel, rows, call, tile, ranges, segments_BT, tokens, sums, outputs):
     """Runs `kernel` as a grid of (heads, B, T / R) programs.
 
-    `rows` says what they own, "queries" or "keys". `tokens` holds q, k, v and all that is shaped
-    like them, with the tokens of it that a program loads at once, `sums` what is (B, N, T).
+    `rows` says whether a program owns "queries" or "keys". `tokens` are pairs of an array shaped
+    like q, k or v and the number of its tokens that a program loads at once. `sums` are the arrays
+    of shape (B, N, T).
     """
     (q_BTNH, _), (k_BTKH, _) = tokens[:2]
     B, T, N, H = q_BTNH.shape
@@ -330,10 +365,11 @@ def _launch(kernel, rows, call, tile, ranges, segments_BT, tokens, sums, outputs
     documents = segments_BT is not None
     near = documents or (call.causal and rows == "keys")
     far = documents or (call.causal and rows == "queries") or call.length < T
-    # A kernel without documents never reads the segments.
+    # A kernel without documents never reads the segments, but the argument must be some array.
     masks = [(ranges, None), (segments_BT if documents else ranges, None)]
     if tile.tma:
-        # One head of some tokens is a rectangle of (B T, heads H).
+        # TMA loads rectangles. With the heads side by side, some tokens of one head are a rectangle
+        # of an array (B T, heads H).
         tokens = [(x.reshape(B * T, -1), (size, H)) for x, size in tokens]
     else:
         tokens = [(x, None) for x, _ in tokens]
@@ -359,8 +395,18 @@ def _launch(kernel, rows, call, tile, ranges, segments_BT, tokens, sums, outputs
     return _run(kernel, tile, call.compute_capability, grid, inputs, outputs, constants)
 
 
-def forward(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH):
-    """o_BTNH, and lse_BNT in logarithms of base 2."""
+def forward(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+) -> list[jax.Array]:
+    """Returns o_BTNH in the dtype of q, and lse_BNT in fp32, the base-2 log-sum-exp of scores.
+
+    `ranges` is what `column_ranges` returns for this kernel's tile.
+    """
     B, T, N, _ = q_BTNH.shape
     tile = call.tiles.forward
     tokens = [(q_BTNH, tile.rows), (k_BTKH, tile.columns), (v_BTKH, tile.columns)]
@@ -372,8 +418,18 @@ def forward(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH):
     return _launch(*launch, tokens, [], outputs)
 
 
-def dq(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delta_BNT):
-    """dq_BTNH."""
+def dq(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    do_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    delta_BNT: jax.Array,
+) -> jax.Array:
+    """Returns the gradient dq_BTNH; delta_BNT is the sum over H of do * o."""
     tile = call.tiles.dq
     tokens = [(q_BTNH, tile.rows), (k_BTKH, tile.columns), (v_BTKH, tile.columns)]
     tokens += [(do_BTNH, tile.rows)]
@@ -382,8 +438,18 @@ def dq(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delt
     return _launch(*launch, tokens, [lse_BNT, delta_BNT], outputs)[0]
 
 
-def dkdv(call, ranges, segments_BT, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, delta_BNT):
-    """dk_BTKH and dv_BTKH."""
+def dkdv(
+    call: Call,
+    ranges: jax.Array | np.ndarray,
+    segments_BT: jax.Array | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    do_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    delta_BNT: jax.Array,
+) -> list[jax.Array]:
+    """Returns the gradients dk_BTKH and dv_BTKH; delta_BNT is the sum over H of do * o."""
     tile = call.tiles.dkdv
     tokens = [(q_BTNH, tile.columns), (k_BTKH, tile.rows), (v_BTKH, tile.rows)]
     tokens += [(do_BTNH, tile.columns)]

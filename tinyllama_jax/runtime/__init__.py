@@ -1,1 +1,1 @@
-"""Devices, processes and disks."""
+"""What a run needs of machines: devices, processes, memory, the compiler, and checkpoints."""

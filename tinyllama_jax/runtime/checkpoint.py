@@ -1,14 +1,18 @@
-"""A run on disk: its folder, its lock, its checkpoints. Orbax stays behind this module.
+"""Checkpoints of a run: how they are written, verified and read, and the lock on the run folder.
 
-A checkpoint `checkpoints/<step>/` holds three items: `weights`, `optimizer` (with the counters) and
-`run` (rows consumed, data fingerprint, config). Orbax writes it aside and renames it; then its
-files are hashed into `sha256.json`, because Orbax restores a flipped bit without a word.
+A checkpoint is a folder `checkpoints/<step>/` with three items: `weights`, `optimizer` (with the
+counters of the run's state) and `run` (rows consumed, data fingerprint, config). They are apart so
+that generation and export can read the weights alone. Orbax writes a checkpoint under another name
+and renames it when it is complete. After that the hashes of its files are written to `sha256.json`
+inside, because Orbax does not notice when a bit of a file has changed.
 
-Of several processes each writes its part of the arrays, and the first does everything else: what it
-finds on disk is what all go by. Every function here is for all processes together.
+In a run of several processes each writes its own part of the arrays, and process 0 does everything
+else. What process 0 finds on disk is what all go by. Unless its docstring says otherwise, every
+function here must be called by all processes together.
 
-Arrays of all layers lie in chunks of a layer, so that a conversion can read one at a time. Orbax
-reads no part of an array, TensorStore does, which Orbax writes through.
+A weight of all layers is stored in chunks of one layer each, so that a conversion can read one
+layer at a time. Orbax cannot read a part of an array. TensorStore, the library through which Orbax
+writes, can, so it is used here directly for that.
 """
 
 import contextlib
@@ -42,18 +46,19 @@ ITEMS = {
     "run": ocp.JsonCheckpointHandler,
 }
 HASHES = "sha256.json"
-# Of a chunk: it is in memory as it lies on disk, beside what is made of it.
+# Largest size of a chunk in bytes. While a chunk is read, memory holds it twice: compressed as on
+# disk, and decompressed.
 CHUNK_BYTES = 2**26
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the run folder against a second writer; the lock ends with the process.
+    """Locks the run folder against a second run during the block; process 0 locks it for all.
 
-    Of several processes the first takes it for all.
+    The system releases the lock when the process ends, however it ends, so no stale lock remains.
 
     Raises:
-      UserError: another process trains in this folder, or it cannot be written.
+      UserError: another run is writing to this folder, or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with processes.together():
@@ -63,6 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Takes the lock and writes this process's name into it, for the message to a second run."""
     make_folder(folder)
     try:
         file = stack.enter_context(open(folder / ".lock", "a+"))
@@ -84,10 +90,17 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
 
 
 def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
-    """A run's checkpoints for reading, and `step` or the newest that is whole.
+    """Opens a run's checkpoints for reading and chooses one of them.
+
+    Args:
+      run: the run folder.
+      step: the checkpoint to choose; None stands for the newest undamaged one.
+
+    Returns:
+      The checkpoints and the step of the chosen one.
 
     Raises:
-      UserError: no checkpoint yet, none of this step, or a damaged one.
+      UserError: the run has no checkpoint yet, none of this step, or it is damaged.
     """
     nothing = f"{run} has no checkpoint yet: let it train on."
     with processes.together():
@@ -103,35 +116,40 @@ def open_checkpoint(run: Path, step: int | None) -> tuple["Checkpoints", int]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run that has begun to save."""
+    """Returns whether a folder holds a run that has begun to save checkpoints."""
     return (folder / "checkpoints").is_dir()
 
 
 def verify_run(run: Path) -> list[str]:
-    """Reads a run's config, and hashes all its checkpoints.
+    """Verifies a run on disk: reads its config and hashes all of its checkpoints.
 
     Returns:
-      What is bad, a line each; none for a run that is whole.
+      A line for each fault; an empty list if there is none.
     """
-    bad = []
+    faults = []
     try:
         model_of_run(run)
     except UserError as error:
-        bad.append(str(error))
+        faults.append(str(error))
     checkpoints = Checkpoints(run)
     for step in checkpoints.steps():
         if (damage := checkpoints.damage(step)) is not None:
-            bad.append(f"checkpoint {step} is damaged: {damage}")
-    return bad
+            faults.append(f"checkpoint {step} is damaged: {damage}")
+    return faults
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest by number."""
+    """The checkpoints of one run. The newest is the one with the highest step number."""
 
     def __init__(self, run_folder: str | Path, policy: CheckpointConfig | None = None):
-        """Opens a run's checkpoints; without a policy, for reading alone."""
+        """Opens the checkpoints of a run.
+
+        Args:
+          run_folder: the folder of the run.
+          policy: which checkpoints to keep; without one they are opened for reading alone.
+        """
         self.folder = Path(run_folder).resolve() / "checkpoints"
-        self._unsealed: int | None = None
+        self._unsealed: int | None = None  # a checkpoint that was saved and has no hashes yet
         self._read_only = policy is None
         if policy is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
@@ -141,29 +159,35 @@ class Checkpoints:
                 kept.append(preservation_policy.EveryNSteps(policy.permanent_every))
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,  # what a killed save left behind
+                cleanup_tmp_directories=True,  # removes what a killed save left behind
             )
             self.folder.mkdir(parents=True, exist_ok=True)
-        # Named handlers, or a manager that has not saved yet knows no metadata.
+        # The handlers are given by name, although Orbax could guess them: without that, a manager
+        # that has not saved anything returns None for metadata, and `_compare` needs those.
         handlers = {item: handler() for item, handler in ITEMS.items()}
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=tuple(ITEMS), item_handlers=handlers
         )
 
     def save(self, state: dict[str, Any], run: dict[str, Any]) -> None:
-        """Saves in the background; the state may be donated at once. Nothing, if it is saved.
+        """Saves the state as a checkpoint of its step, unless there is one already.
+
+        The files are written in the background. The state may be donated as soon as this returns,
+        because Orbax copies it to the host before.
 
         Args:
-          state: `weights` and `step`, and whatever else the run's state holds.
-          run: JSON values, among them `rows`.
+          state: holds `weights`, `step` and the rest of the run's state.
+          run: JSON values to save with it, among them `rows`, the position in the data.
 
         Raises:
-          UserError: the disk is too full for one more checkpoint.
+          UserError: the disk is too full, or the previous checkpoint could not be written.
         """
         step = int(state["step"])
         if step in self._manager.all_steps():
             return
-        self._seal(wait=True)
+        self._seal(wait=True)  # one save at a time, or an error of the previous one would be lost
+        # Checked beforehand: a disk that fills up during a save leaves the run without a checkpoint
+        # of its last steps. All processes go by what process 0 sees.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = processes.from_first(lambda: shutil.disk_usage(self.folder).free)
         require(
@@ -171,6 +195,8 @@ class Checkpoints:
             f"{self.folder} has {free / 1e9:.1f} GB free and a checkpoint takes "
             f"{needed / 1e9:.1f} GB: make room and run the same command again.",
         )
+        # The optimizer's state is saved flat, by dotted path. Names, shapes and dtypes can then be
+        # compared as strings before anything is read, whatever classes Optax nests it in.
         rest = named_leaves({key: value for key, value in state.items() if key != "weights"})
         weights = state["weights"]
         self._manager.save(
@@ -184,53 +210,58 @@ class Checkpoints:
         self._unsealed = step
 
     def poll(self) -> None:
-        """Hashes the last checkpoint once it is written; call it between steps."""
+        """Hashes the last checkpoint if it is written by now; to be called after every step."""
         self._seal(wait=False)
 
     def finish(self) -> None:
-        """Waits for the last save and hashes it."""
+        """Waits until the last checkpoint is written, and hashes it."""
         self._seal(wait=True)
 
     def close(self) -> None:
-        """Finishes the last save and lets go of the folder."""
+        """Finishes the last checkpoint and closes Orbax's manager."""
         self.finish()
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, rising."""
+        """Returns the steps of the checkpoints in rising order."""
         return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint: (step, its `run` values); None if there is none at all.
+        """Finds the newest undamaged checkpoint.
 
-        One that is damaged is passed over, with a line that says so. A run that goes on from an
-        older one will save that step again, so its writer moves the damaged one to `damaged/`.
+        A damaged checkpoint is passed over with a printed line. A run that goes on from an older
+        one will save the step of the damaged one again, so it is moved to `damaged/` if the
+        checkpoints are open for writing.
+
+        Returns:
+          (step, `run` values) of the checkpoint, or None if there is no checkpoint at all.
 
         Raises:
           UserError: there are checkpoints, and every one is damaged.
         """
 
         def find() -> tuple[int, dict[str, Any]] | None:
-            passed = []
+            damaged = []
             for step in reversed(self.steps()):
                 damage = self.damage(step)
                 if damage is None:
                     if not self._read_only:
-                        self._move_aside(passed)
+                        self._move_aside(damaged)
                     return step, self.run_values(step)
                 print(f"Checkpoint {step} of {self.folder} is passed over: {damage}.", flush=True)
-                passed.append(step)
+                damaged.append(step)
             require(
-                not passed,
+                not damaged,
                 f"Every checkpoint of {self.folder} is damaged: remove the folder to start again.",
             )
             return None
 
-        found = processes.from_first(find)
-        self._manager.reload()  # what was moved away is no longer there
-        return None if found is None else (found[0], found[1])
+        newest = processes.from_first(find)
+        self._manager.reload()  # Orbax lists the folder once, and a checkpoint may have been moved
+        return None if newest is None else (newest[0], newest[1])
 
     def _move_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints to `damaged/` in the run folder, where someone may look at them."""
         for step in steps:
             aside = self.folder.with_name("damaged") / str(step)
             aside.parent.mkdir(exist_ok=True)
@@ -238,7 +269,7 @@ class Checkpoints:
             (self.folder / str(step)).rename(aside)
 
     def require_whole(self, step: int) -> None:
-        """Raises `UserError` if there is no checkpoint of this step, or if it is damaged."""
+        """Checks a checkpoint; raises `UserError` if it is missing or damaged."""
 
         def look():
             require(
@@ -255,7 +286,7 @@ class Checkpoints:
         processes.from_first(look)
 
     def sha256(self, step: int, item: str) -> str:
-        """One hash over the files of an item."""
+        """Returns a single hash of all files of an item: `weights`, `optimizer` or `run`."""
 
         def digest() -> str:
             hashes = json.dumps(_hashes(self.folder / str(step), item), sort_keys=True)
@@ -264,24 +295,31 @@ class Checkpoints:
         return processes.from_first(digest)
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
-        """The state of a checkpoint, onto whatever shardings the abstract state has.
+        """Reads the state of a checkpoint, split over devices as the abstract state says.
 
-        Names, shapes and dtypes are compared before anything is loaded: Orbax pads and casts.
+        The devices need not be those that wrote it. Names, shapes and dtypes are compared before
+        anything is read, because Orbax does not refuse an array of another shape or dtype: it pads
+        and casts.
+
+        Args:
+          step: the checkpoint.
+          abstract_state: `jax.ShapeDtypeStruct`s with shardings, in the structure of the state.
 
         Raises:
-          UserError: the checkpoint holds other arrays.
+          UserError: the checkpoint holds other arrays than the abstract state.
         """
         rest = {key: value for key, value in abstract_state.items() if key != "weights"}
         wanted = {"weights": abstract_state["weights"], "optimizer": named_leaves(rest)}
         for item, tree in wanted.items():
             self._compare(step, item, tree)
         args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**args))
-        leaves = [found["optimizer"][name] for name in wanted["optimizer"]]
-        return {"weights": found["weights"]} | jax.tree.unflatten(jax.tree.structure(rest), leaves)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        leaves = [restored["optimizer"][name] for name in wanted["optimizer"]]
+        restored_rest = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+        return {"weights": restored["weights"]} | restored_rest
 
     def restore_weights(self, step: int, abstract_weights: dict[str, Any]) -> dict[str, Any]:
-        """The weights alone. Raises UserError if the checkpoint holds others."""
+        """Reads only the weights of a checkpoint; otherwise as `restore`."""
         self._compare(step, "weights", abstract_weights)
         args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract_weights))
         return self._manager.restore(step, args=args)["weights"]
@@ -289,42 +327,46 @@ class Checkpoints:
     def weight_reader(
         self, step: int, abstract_weights: dict[str, Any]
     ) -> Callable[[str, Any], np.ndarray]:
-        """What reads a part of a weight of a checkpoint, by its dotted path and an index.
+        """Returns a function that reads a weight of a checkpoint, or one layer of it.
 
-        The index is a layer, or `...` for the whole.
+        The function takes the weight's dotted path and an index: a layer, or `...` for the whole
+        weight. It reads only that part, so only damage in that part is noticed.
 
         Raises:
-          UserError: the checkpoint holds other weights, or is damaged; of the arrays only what is
-            read is looked at.
+          UserError: the checkpoint holds other weights than the abstract ones, or is damaged. The
+            returned function raises it too.
         """
-        # Orbax's layout: an OCDBT database, in it a Zarr array under each weight's path.
+        # Orbax stores an item as a database in OCDBT format, which holds a Zarr array for each
+        # weight under its path.
         base = {"driver": "file", "path": f"{self.folder / str(step) / 'weights'}/"}
         store = {"driver": "ocdbt", "base": base}
-        with self._said(step):
-            # Orbax's readers, where they fail in this, leave a traceback behind on stderr.
+        with self._readable(step):
+            # Listing the database here finds out whether it can be read at all. If Orbax found
+            # that out, in `_compare`, it would leave a traceback on stderr beside its error.
             tensorstore.KvStore.open(store).result().list().result()
             self._compare(step, "weights", abstract_weights)
 
         @functools.cache
         def opened(path: str) -> tensorstore.TensorStore:
-            place = store | {"path": f"{path}/"}
-            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+            array = store | {"path": f"{path}/"}
+            # By default TensorStore reads zeros where a chunk is missing.
+            spec = {"driver": "zarr", "kvstore": array, "fill_missing_data_reads": False}
             return tensorstore.open(spec, open=True, read=True).result()
 
         def read(path: str, index: Any) -> np.ndarray:
-            with self._said(step):
+            with self._readable(step):
                 return opened(path)[index].read().result()
 
         return read
 
     @contextlib.contextmanager
-    def _said(self, step: int) -> Iterator[None]:
-        """Makes one sentence of whatever a damaged checkpoint lets its readers raise."""
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turns any error that reading a damaged checkpoint raises into a `UserError`."""
         try:
             yield
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # TensorStore's, Orbax's and JSON's share no class
+        except Exception as error:  # errors of TensorStore, Orbax and JSON share no base class
             others = [other for other in self.steps() if other != step]
             raise UserError(
                 f"Checkpoint {step} of {self.folder} cannot be read, or is damaged "
@@ -332,33 +374,39 @@ class Checkpoints:
             ) from error
 
     def _compare(self, step: int, item: str, tree: dict[str, Any]) -> None:
+        """Checks that an item holds arrays of the same names, shapes and dtypes as a tree."""
         metadata = self._manager.item_metadata(step)[item]
-        found = {
+        stored = {
             name: (tuple(leaf.shape), str(leaf.dtype))
             for name, leaf in named_leaves(getattr(metadata, "tree", metadata)).items()
         }
         wanted = {
             name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named_leaves(tree).items()
         }
-        for name in sorted(found.keys() | wanted.keys()):
+        for name in sorted(stored.keys() | wanted.keys()):
             require(
-                found.get(name) == wanted.get(name),
+                stored.get(name) == wanted.get(name),
                 f"Checkpoint {step} of {self.folder} is of another model or optimizer: its "
-                f"{item} {name} is {_describe(found.get(name))}, the config's is "
+                f"{item} {name} is {_describe(stored.get(name))}, the config's is "
                 f"{_describe(wanted.get(name))}. Give the run's own config, or another "
                 "--run-folder.",
             )
 
     def _seal(self, wait: bool) -> None:
+        """Writes the hashes of the last checkpoint once its files are complete.
+
+        Without `wait` it returns at once if they are not.
+        """
         if self._unsealed is None:
             return
         if not wait and self._manager.is_saving_in_progress():
             return
-        # Forgotten first: a save that failed is told once, and closing does not hash what it left.
+        # Reset before anything can fail, so that a failed save is reported once, and `close` does
+        # not hash what is left of it.
         step, self._unsealed = self._unsealed, None
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # TensorStore's and Orbax's own errors share no class
+        except Exception as error:  # errors of TensorStore and Orbax share no base class
             raise UserError(
                 f"Checkpoint {step} of {self.folder} could not be written "
                 f"({first_line(error)[:200]}): see to the disk and run the same command again."
@@ -369,34 +417,39 @@ class Checkpoints:
         write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
 
     def run_values(self, step: int) -> dict[str, Any]:
-        # As Orbax wrote them, but without its manager, whose restore waits for the other processes.
+        """Reads the `run` item of a checkpoint. One process may call this alone."""
+        # The file that Orbax wrote is read directly, because Orbax's own `restore` would wait for
+        # the other processes.
         return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, or None."""
+        """Returns what is wrong with a checkpoint, or None. One process may call this alone."""
         folder = self.folder / str(step)
         if any(not (folder / item).is_dir() for item in ITEMS):
             return f"it lacks one of its items {', '.join(ITEMS)}"
         if not (folder / HASHES).is_file():
-            # A process killed between Orbax's rename and the hashing leaves it whole; a machine
-            # that lost its power may not have.
+            # A process that was killed between Orbax's rename and the hashing has left a complete
+            # checkpoint, which counts. After a power failure the files may be incomplete, so at
+            # least the smallest item is read.
             try:
                 self.run_values(step)
-            except Exception as error:  # Orbax's and JSON's own errors share no class
+            except Exception as error:  # errors of the file system and of JSON share no base class
                 return f"its run values cannot be read ({type(error).__name__})"
             return None
         try:
             wanted = json.loads((folder / HASHES).read_text())
         except ValueError:
             return f"its {HASHES} is damaged"
-        found = _hashes(folder)
-        wrong = [name for name in wanted if wanted[name] != found.get(name)]
+        hashes = _hashes(folder)
+        wrong = [name for name in wanted if wanted[name] != hashes.get(name)]
         return f"{wrong[0]} is not what was written" if wrong else None
 
 
 def _hashes(folder: Path, item: str = ".") -> dict[str, str]:
+    """Returns the sha256 of every file of an item, or of all items, by its path."""
     hashes = {}
     for path in sorted((folder / item).rglob("*")):
+        # Files beside the items are left out: Orbax's own metadata, and the hashes themselves.
         if path.is_file() and path.parent != folder:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -405,15 +458,15 @@ def _hashes(folder: Path, item: str = ".") -> dict[str, str]:
 
 
 def _chunks(tree: Any) -> Any:
-    """How Orbax cuts each array of a tree: a layer to a chunk, or less, and no layer in several."""
+    """Returns how Orbax shall cut the arrays of a tree into chunks, each of one layer at most."""
 
     def args(path: str, leaf: Any) -> ocp.SaveArgs:
         axes = WEIGHT_AXES[weight_name(path)] if np.shape(leaf) else ()
         layer = tuple(index for index, axis in enumerate(axes) if axis == "layer")
         return ocp.SaveArgs(shard_axes=layer, chunk_byte_size=CHUNK_BYTES)
 
-    found = [args(path, leaf) for path, leaf in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
+    leaves = [args(path, leaf) for path, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _describe(array: tuple[tuple[int, ...], str] | None) -> str:

@@ -1,8 +1,8 @@
-"""Several processes, one run: they join, agree with each other, and stop after the same step.
+"""Several processes that compute one run: how they join, agree, and stop after the same step.
 
-All processes run the same program. A function that says "all processes together" exchanges
-something with the others: each of them must come to it, in the same order. In one process these
-functions only do their work.
+All processes run the same program. A function whose docstring says "All processes together" is a
+collective: it exchanges something with the other processes, so all of them must call it, in the
+same order, or they wait for each other without end. In a run of one process it returns at once.
 """
 
 import contextlib
@@ -31,29 +31,43 @@ from jax.sharding import PartitionSpec as P
 from tinyllama_jax.config import Launch, differences
 from tinyllama_jax.errors import ExitCode, UserError, require
 
-MEETING = 300  # seconds for all processes to start
-LINGER = 5.0  # seconds that process 0 leaves after the others, when there was an error
+MEETING = 300  # seconds within which all processes must have started
+LINGER = 5.0  # seconds for which process 0 waits before it leaves with an error
 
 
 def slurm_step(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator, processes, this one's id) in a Slurm step of several tasks, else None.
+    """Reads from Slurm's environment variables how to join the processes of a job step.
 
-    JAX's own detection would give each task one GPU, and tell nobody the address to bind.
+    JAX can detect Slurm by itself, but would then give each task a single GPU, and would not tell
+    the address of process 0 before it connects, which `address_to_bind` needs.
+
+    Args:
+      environment: the environment variables.
+
+    Returns:
+      (HOST:PORT of process 0, number of processes, number of this process), or None outside of
+      Slurm and in a step of a single task.
     """
     processes = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if processes == 1:
         return None
-    # node007, or the first of node[007-010,012],other3
+    # The list is a name such as node007, or a form such as node[007-010,012],other3, whose first
+    # node is node007.
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
     assert first is not None
-    # Below the ports that Linux hands out by itself, and another for the next job.
+    # The port lies below those that Linux assigns by itself, which begin at 32768, and differs
+    # between jobs, because two of them may run on the same node.
     port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000
     host = "".join(part for part in first.groups() if part)
     return f"{host}:{port}", processes, int(environment["SLURM_PROCID"])
 
 
 def host_and_port(coordinator: str) -> tuple[str, int]:
-    """The parts of HOST:PORT; raises `UserError` where they are none."""
+    """Splits HOST:PORT into its parts, where an IPv6 address may stand in brackets.
+
+    Raises:
+      UserError: the text does not have this form.
+    """
     match = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", coordinator)
     if match is None or not 0 < int(match[2]) < 65536:
         raise UserError(f"--coordinator is {coordinator}: give HOST:PORT, as in node1:23456.")
@@ -61,26 +75,33 @@ def host_and_port(coordinator: str) -> tuple[str, int]:
 
 
 def address_to_bind(coordinator: str) -> str:
-    """The one numeric address HOST:PORT of this machine that the others will connect to.
+    """Returns the numeric HOST:PORT at which process 0, which calls this, shall listen.
+
+    JAX by itself would listen at all network interfaces of the machine, and whoever can connect can
+    end the run. So only the one address is bound to which the other processes connect.
 
     Raises:
-      UserError: no such address on this machine, one that others cannot reach, or a port in use.
+      UserError: the address is not one of this machine, other machines cannot reach it, or the port
+        is in use.
     """
     host, port = host_and_port(coordinator)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(
             f"The host of --coordinator {coordinator} has no address ({error.strerror}): give a "
             "name or an address that every machine of the run knows."
         ) from None
-    family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    # An IPv4 address is preferred where the host has both.
+    family, _, _, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
     ip = ipaddress.ip_address(address[0])
+    # Debian's /etc/hosts, for one, maps a machine's own name to 127.0.1.1.
     require(
         not ip.is_loopback or host in ("localhost", str(ip)),
         f"Here {host} means {ip}, where no other machine can connect: give --coordinator with this "
         "machine's own address on the network of the run.",
     )
+    # Bound here once before JAX does it, so that a failure becomes a sentence with a cure.
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -95,33 +116,37 @@ def address_to_bind(coordinator: str) -> str:
 
 @contextlib.contextmanager
 def joined(launch: Launch, devices: int | None) -> Iterator[None]:
-    """Joins the processes that `launch` names, or those of the Slurm step; alone, does nothing.
+    """Joins the processes of a run for the length of the block. All processes together.
 
-    A process that leaves by an exception says so and ends at once, since JAX would wait five
-    minutes for the others at its exit.
+    They are those that `launch` names, or those of the Slurm step; a single process joins nothing.
+    In a run of several processes an exception inside the block does not leave it: the process
+    prints the error and ends at once. At a normal exit JAX would first wait five minutes for the
+    other processes.
 
     Args:
       launch: the options of the command line.
-      devices: how many there must be over all processes; None: any number.
+      devices: how many devices there must be over all processes; None allows any number.
 
     Raises:
-      UserError: an address that does not serve, nobody there, or another number of devices.
+      UserError: a single process has another number of devices, or the coordinator of several is
+        not of the form HOST:PORT. Other errors of a run of several processes end the process.
     """
-    found = (launch.coordinator, launch.num_processes, launch.process_id)
     coordinator, processes, process = slurm_step(os.environ) or (None, 1, 0)
-    if launch.coordinator is not None:
-        coordinator, processes, process = found
+    if launch.coordinator is not None:  # options on the command line win over Slurm's variables
+        coordinator = launch.coordinator
+        processes, process = launch.num_processes, launch.process_id
     if coordinator is None or processes == 1:
         _check_devices(devices)
         yield
         return
     host_and_port(coordinator)
     try:
-        # JAX would bind all interfaces, and anyone who connects can end the run. A process counts
-        # as dead for JAX after 100 s without a heartbeat, later than for us, who can name it.
-        jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
+        # JAX's preemption service would take SIGTERM for itself, so that `Stop` never saw it.
+        jax.config.update("jax_enable_preemption_service", False)
         address = address_to_bind(coordinator) if process == 0 else None
-        # Before JAX gives up itself, which it does by aborting with a page of C++.
+        # The timer ends the wait before JAX does, which would abort with a page of C++ messages.
+        # JAX's limit of 100 s for a missing heartbeat is left alone: `watch.Watch` notices a dead
+        # process sooner, and can name it.
         alone = threading.Timer(MEETING, _give_up, [process, processes, coordinator])
         alone.daemon = True
         alone.start()
@@ -129,7 +154,7 @@ def joined(launch: Launch, devices: int | None) -> Iterator[None]:
             coordinator,
             processes,
             process,
-            cluster_detection_method="deactivate",
+            cluster_detection_method="deactivate",  # see `slurm_step`
             initialization_timeout=2 * MEETING,
             coordinator_bind_address=address,
         )
@@ -140,13 +165,15 @@ def joined(launch: Launch, devices: int | None) -> Iterator[None]:
         code = exit_code(error)
         tell(error)
         if process == 0:
-            # It serves JAX's coordinator, without which the others are aborted: they go first.
+            # Process 0 serves JAX's coordinator, and JAX aborts the others when it is gone. They
+            # get time to leave by themselves, with a message, before it does.
             time.sleep(LINGER)
         os._exit(code)
     jax.distributed.shutdown()
 
 
 def _give_up(process: int, processes: int, coordinator: str) -> None:
+    """Ends this process, which waited too long; called by a timer in a thread of its own."""
     tell(
         UserError(
             f"Process {process} waited {MEETING} s for all {processes} processes to meet at "
@@ -157,23 +184,25 @@ def _give_up(process: int, processes: int, coordinator: str) -> None:
 
 
 def _check_devices(wanted: int | None) -> None:
+    """Raises UserError if the devices of all processes are not as many as wanted, evenly spread."""
     try:
-        found = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # a bare assertion, without the CUDA plugin
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        said = (str(error).splitlines() or [f"JAX_PLATFORMS={asked}"])[0][:200]
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without its CUDA plugin JAX raises an AssertionError that has no message.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or [f"JAX_PLATFORMS={platforms}"])[0][:200]
         raise UserError(
-            f"JAX finds no device ({said}): on GPUs, pip install 'tinyllama-jax[gpu]'; "
+            f"JAX finds no device ({reason}): on GPUs, pip install 'tinyllama-jax[gpu]'; "
             "`tinyllama train` takes what is there."
         ) from None
     processes = jax.process_count()
-    each = [sum(device.process_index == index for device in found) for index in range(processes)]
+    each = [sum(device.process_index == index for device in devices) for index in range(processes)]
     require(
         len(set(each)) == 1,
         f"The processes have {each} devices: give each the same number (CUDA_VISIBLE_DEVICES).",
     )
     require(
-        wanted in (None, len(found)),
+        wanted in (None, len(devices)),
         f"This launch script is for {wanted} devices in all, and there are {each[0]} in each of "
         f"{processes} processes: start one on every node (--coordinator, --num-processes, "
         "--process-id), choose devices by CUDA_VISIBLE_DEVICES, or run `tinyllama train`, which "
@@ -182,14 +211,19 @@ def _check_devices(wanted: int | None) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what the run leaves: files, but for checkpoints, and lines."""
+    """Returns whether this is process 0, which alone prints and writes files.
+
+    Checkpoints are the exception: each process writes its own part of the arrays.
+    """
     return jax.process_index() == 0
 
 
 def every(text: str) -> list[str]:
-    """The text of each process, by its index. All processes together."""
+    """Returns the texts that the processes passed, in their order. All processes together."""
     if jax.process_count() == 1:
         return [text]
+    # Two exchanges, because all processes must pass arrays of one shape: first the lengths, then
+    # the texts, padded to the longest.
     own = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(own), np.int32))
     padded = np.zeros(max(lengths.max(), 1), np.uint8)
@@ -200,12 +234,14 @@ def every(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """All processes get through this block, or none: an error of one is an error of all.
+    """Makes an error of one process inside the block an error of all. All processes together.
 
-    All processes together, at the end of the block; so nothing else inside may be.
+    Without it, the others would wait for the failed process at their next exchange. The exchange
+    takes place at the end of the block. The block must contain no other exchange, since a process
+    that failed before it would skip it, and what it says at the end would be taken for its part.
 
     Raises:
-      UserError: another process left the block with an error, which it names.
+      UserError: another process left the block with an error; the message names it.
     """
     failure = None
     try:
@@ -213,17 +249,23 @@ def together() -> Iterator[None]:
     except Exception as error:
         failure = error
     text = "" if failure is None else str(failure) or type(failure).__name__
-    told = every(json.dumps([socket.gethostname(), text]))
+    messages = every(json.dumps([socket.gethostname(), text]))
     if failure is not None:
         raise failure
-    for process, (host, message) in enumerate(map(json.loads, told)):
+    for process, (host, message) in enumerate(map(json.loads, messages)):
         require(not message, f"Process {process} on {host}: {message}")
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """What the function returns on process 0, which alone calls it: a JSON value, tuples as lists.
+    """Calls the function on process 0 alone, and returns its result on all processes.
+
+    Used for what is read from disk: machines that share a disk may see different states of it, and
+    processes that decide differently would wait for each other without end.
 
     All processes together. An error of process 0 is an error of all.
+
+    Args:
+      function: returns a JSON value; tuples in it come back as lists.
     """
     value = None
     with together():
@@ -233,11 +275,16 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def check_alike(facts: dict[str, Any]) -> None:
-    """Raises UserError, naming the process, if JSON values differ. All processes together."""
-    told = every(json.dumps([socket.gethostname(), facts]))
-    first_host, first = json.loads(told[0])
-    for process, (host, other) in enumerate(map(json.loads, told)):
-        # Under a name of their own: `differences` is silent about options that may change.
+    """Checks that all processes pass equal JSON values. All processes together.
+
+    Raises:
+      UserError: a process has other values than process 0; the message names both.
+    """
+    answers = every(json.dumps([socket.gethostname(), facts]))
+    first_host, first = json.loads(answers[0])
+    for process, (host, other) in enumerate(map(json.loads, answers)):
+        # The values are wrapped under an empty name, because at the top level `differences` leaves
+        # out the options that may change when a run is continued. Here those must be equal too.
         different = differences({"": first}, {"": other})
         require(
             not different,
@@ -247,24 +294,32 @@ def check_alike(facts: dict[str, Any]) -> None:
 
 
 def software() -> dict[str, str]:
-    """Versions that must be the same in every process."""
+    """Returns the versions of Python and of the packages that must be equal in all processes."""
     packages = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece"]
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 class Stop:
-    """Whether a signal asked the run to stop: one process may get it, and all stop after the same
-    step. A second signal acts as usual."""
+    """Lets SIGINT or SIGTERM stop the run after a step, the same step in all processes.
+
+    The signal may reach one process alone. Processes that stopped at different steps would wait for
+    each other, so they vote after every step. A second signal has its usual effect at once.
+    """
 
     def __init__(self, mesh: Mesh):
         self._noted = self._agreed = 0
         self._alone = jax.process_count() == 1
         self._where = NamedSharding(mesh, P(mesh.axis_names))
+        # A maximum and not a sum: several processes may get the signal, and the sum of their votes
+        # would be the number of no signal, or of another one.
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM; in a thread, where Python allows no handlers, it does not."""
+        """Handles SIGINT and SIGTERM during the block.
+
+        Python allows signal handlers only in the main thread; in another one this does nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -276,7 +331,7 @@ class Stop:
 
         def note(number, frame):
             self._noted = number
-            restore()
+            restore()  # so that a second signal ends the process at once
 
         for number in before:
             signal.signal(number, note)
@@ -286,11 +341,15 @@ class Stop:
             restore()
 
     def vote(self) -> jax.Array | int:
-        """The signal that any process got so far; 0: none. All processes together.
+        """Returns the number of a signal that any process has received, or 0.
 
-        A sum that the devices make after the step they work on. It is read with the metrics of that
-        step, when all processes are in the same place, so it costs the host no waiting. JAX's
-        `reached_preemption_sync_point` would answer without devices, but knows SIGTERM alone.
+        All processes together. The result is the maximum over their votes, in which 0 stands for no
+        signal. The devices compute it behind the step in progress, and it is read together with
+        that step's metrics. So the host never waits for it, and all processes read it at the same
+        place.
+
+        JAX's `reached_preemption_sync_point` would need no devices, but reacts to SIGTERM alone,
+        and its service hides that signal from everyone else.
         """
         if self._alone:
             return self._noted
@@ -298,18 +357,22 @@ class Stop:
         return self._max(jax.make_array_from_process_local_data(self._where, local))
 
     def agree(self, vote: float) -> None:
-        """Takes a vote that has been read."""
+        """Accepts the result of a vote, read from the devices one step later."""
         self._agreed = int(vote)
 
     @property
     def signal(self) -> str | None:
-        """The name of the signal that ends the run, the same in all processes at this place."""
+        """The name of the signal that ends the run, or None.
+
+        Several processes go by the last vote that was read, even the one that got the signal:
+        otherwise it would stop a step before the others.
+        """
         number = self._noted if self._alone else self._agreed
         return signal.Signals(number).name if number else None
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process that an error ends leaves with."""
+    """Returns the exit code of a process that ends with this error."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else ExitCode.FAILED
     if isinstance(error, KeyboardInterrupt):
@@ -318,7 +381,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def tell(error: BaseException) -> None:
-    """Says on stderr what a process ends by: a user error in its sentence."""
+    """Prints on stderr the error with which a process ends; a `UserError` as its sentence alone."""
     sys.stdout.flush()
     if isinstance(error, UserError):
         print(f"tinyllama: {error}", file=sys.stderr, flush=True)

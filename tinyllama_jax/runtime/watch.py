@@ -1,4 +1,8 @@
-"""Who is still there: signs of life of all processes, and the end of a run that stands still."""
+"""A watchdog: ends every process of a run when one of them is gone or stands still.
+
+JAX's own heartbeats cannot do this. They do not notice a process that is alive but stuck, they do
+not say which process it was, and they end the others by an abort with a page of C++ messages.
+"""
 
 import contextlib
 import ctypes
@@ -23,44 +27,53 @@ from tinyllama_jax.files import make_folder
 from tinyllama_jax.runtime.processes import every, exit_code, tell, together
 
 BEAT = 2.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a process is taken for dead or stopped
+SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead or stopped
 
-# Seconds that the others wait for a process which is alive and does not go on, by what it does.
+# Phase -> the seconds for which a living process may stay in it while others wait for it. A phase
+# has as much time as its slowest honest case needs, so that no slow run is ended by mistake.
 PATIENCE = {
-    "start": 3600,  # reads and hashes weights, and compiles the first step
-    "data": 40,  # the next batch, of which the reader holds several ready
-    "compile": 3600,  # a batch of another size
-    "step": 1200,  # as long as few were timed, then `STEP` or more
-    "save": 3600,  # waits for the checkpoint before, on a slow disk
-    "validation": 6 * 3600,  # of all held-out rows at the end
-    "evaluation": 6 * 3600,  # the slowest task asks 200,000 times
+    "start": 3600,  # reads and hashes the weights, and compiles the first step
+    "data": 40,  # short, because the reader always holds several batches ready
+    "compile": 3600,  # compiles the step again for another batch size
+    "step": 1200,  # for the first steps; once `TIMED` were timed, `STEP` and `SLOWER` hold
+    "save": 3600,  # may wait for the previous checkpoint on a slow disk
+    "validation": 6 * 3600,  # the one at the end reads all held-out rows
+    "evaluation": 6 * 3600,  # the slowest task has 200,000 requests
     "sample": 1200,
-    "profile": 3600,  # process 0 reads what it traced
-    "end": 6 * 3600,  # simple models are counted on the held-out rows
+    "profile": 3600,  # process 0 analyzes the trace, and the others wait for it
+    "end": 6 * 3600,  # fits simple models to the held-out rows, for comparison
 }
-STANDSTILL = 3600  # seconds, at least, where nobody is ahead: then all are equally slow
-STEP = 45  # seconds, at least, for a step of several processes once `TIMED` of them were timed,
-SLOWER = 10  # and this many times the longest so far
+# Seconds at least if no process is ahead of the others: then all may be equally slow.
+STANDSTILL = 3600
+# A step of a run with several processes may take `SLOWER` times the longest step so far, but always
+# `STEP` seconds, once `TIMED` steps were timed. A GPU that hangs stops all processes in the same
+# step, so that none is ahead, and `STANDSTILL` alone would waste an hour.
+STEP = 45
+SLOWER = 10
 TIMED = 3
 
-LINGER = 10.0  # seconds that process 0 waits for the others to leave first
+LINGER = 10.0  # seconds for which process 0 waits for the others to leave before it
 UNWINDING = 120.0  # seconds that a process with an error has to close its files
 
 
 @dataclasses.dataclass
 class _Seen:
-    """What this process knows of one, itself among them, and for how long it did not change."""
+    """What this process knows about one process, which may be itself."""
 
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The content of its file, as `Watch._state` makes it."""
     silent: float = 0.0
+    """Seconds since its last sign of life."""
     still: float = 0.0
+    """Seconds since it entered its current phase."""
 
 
 @contextlib.contextmanager
 def watched(run_folder: Path) -> Iterator["Watch"]:
-    """Leaves the block with all other processes, or tells them at once why it did not.
+    """Watches the processes of a run during the block, which all of them must enter.
 
-    All processes together.
+    At the end of the block a process waits for the others. If the block raises an error, the
+    process tells the others at once, so that they end too.
 
     Raises:
       UserError: the processes do not see each other's files.
@@ -76,33 +89,41 @@ def watched(run_folder: Path) -> Iterator["Watch"]:
 
 
 class Watch:
-    """Signs of life of all processes, in `RUN/processes/`, and the end of a run that stands still.
+    """Signs of life of all processes as files in `RUN/processes/`, and the verdict on them.
 
-    A thread of each process writes its own file and reads the others'. Only changes count, by the
-    reader's own clock, and only time that the thread itself lived through: a laptop that slept, or
-    a job that was suspended, is not late. Since all processes run one program, the number of
-    `at` calls says who is behind. One process writes nothing and only notices a standstill.
+    A thread of each process writes the file of its own process and reads those of the others. The
+    files hold no times, because the clocks of machines differ: a reader measures by its own clock
+    for how long a file has not changed. It counts only time in which its own thread was running,
+    so that nobody seems late after a laptop slept or a job was suspended.
+
+    All processes run the same program. So the number of calls of `at` that a process has made says
+    how far it is, and the smallest number tells which process the others wait for. In a run of one
+    process nothing is written, and the thread only notices a standstill.
     """
 
     def __init__(self, run_folder: Path):
         self._me, self._count = jax.process_index(), jax.process_count()
         self._folder = run_folder / "processes"
         self._host = socket.gethostname()
+        # One tuple of (number of `at` calls, phase, step), because the thread reads it while the
+        # main thread replaces it: it must never see a half of each.
         self._place = (0, "start", 0)
         self._left: dict[str, Any] | None = None
         self._beat = 0
-        self._timed, self._longest, self._since = 0, 0.0, time.monotonic()  # of steps
+        # How many steps were timed, the longest of them, and when the current phase began.
+        self._timed, self._longest, self._since = 0, 0.0, time.monotonic()
         self._seen = [_Seen() for _ in range(self._count)]
-        self._told = 0  # beats since another process was found to have left
+        self._told = 0  # beats since another process was seen to have left with an error
         self._error: BaseException | None = None
-        self._closing = 0.0  # seconds since there was an error
+        self._closing = 0.0  # seconds since this process had an error
         self._ended = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        # Kept in an attribute: C holds a pointer to it, which does not keep the object alive.
         self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
 
     def at(self, phase: str, step: int) -> None:
-        """Says what this process does next: a phase of `PATIENCE`."""
+        """Announces the phase, a key of `PATIENCE`, that this process enters now."""
         assert phase in PATIENCE
         now = time.monotonic()
         if self._place[1] == "step":
@@ -110,15 +131,17 @@ class Watch:
         self._place, self._since = (self._place[0] + 1, phase, step), now
 
     def start(self) -> None:
+        """Meets the other processes and starts the thread. All processes together."""
         if self._count > 1:
             self._meet()
         if self._me > 0:
-            # Not `signal.signal`: the main thread runs its handlers, and waits in a collective.
+            # C's `signal` and not Python's: Python runs its handlers in the main thread, between
+            # two bytecodes, and the main thread is inside a collective when the abort comes.
             ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)
         self._thread.start()
 
     def leave(self) -> None:
-        """Waits until all processes are here."""
+        """Ends the watch when all processes have called this. All processes together."""
         if self._count > 1:
             self._sign_off(0, "")
             while self._folder.is_dir() and not all(map(self._has_left, range(self._count))):
@@ -131,12 +154,17 @@ class Watch:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others of an error, unless it only shows that one of them is gone."""
+        """Tells the other processes that this one ends with an error.
+
+        An error that may be the mere consequence of another process's end is held back until the
+        thread has found out whether a process is gone. If one is, the thread names it and ends this
+        process, and this function does not return.
+        """
         if self._count == 1:
             self._ended.set()
             return
         if _may_be_anothers(error):
-            # Long enough to find out who is; then the thread ends this process.
+            # Longer than the thread needs to declare a process gone.
             time.sleep(SILENCE + 5 * BEAT)
         code = exit_code(error)
         first_line = (str(error) or type(error).__name__).splitlines()[0]
@@ -150,13 +178,14 @@ class Watch:
             self._linger()
 
     def _meet(self) -> None:
-        """Writes the first sign of life, and waits for everyone's."""
+        """Writes the first sign of life, and waits for those of all others."""
         if self._me == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-        every("")
+            shutil.rmtree(self._folder, ignore_errors=True)  # files of a run that was killed
+        every("")  # a barrier: nobody writes before the old files are removed
         make_folder(self._folder)
         self._write()
-        every("")  # nobody looks for a file before it is there, which NFS would remember
+        # A barrier: nobody looks for a file before it exists, since NFS would cache its absence.
+        every("")
         deadline = time.monotonic() + SILENCE
         missing = set(range(self._count))
         while missing and time.monotonic() < deadline:
@@ -170,22 +199,29 @@ class Watch:
             )
 
     def _abort(self, number: int) -> None:
-        """What SIGABRT does: JAX aborts a process at once when process 0, which serves its
-        coordinator, is gone. That is held until the thread has said so and ended this process; an
-        abort while process 0 lives is this process's own."""
+        """Handles SIGABRT: delays the abort until the thread has said which process is gone.
+
+        Process 0 serves JAX's coordinator. When it is gone, JAX aborts all other processes within a
+        second, long before the watch could name it. So the handler waits. If process 0 turns out to
+        be silent, the thread prints its sentence and ends this process with the watchdog's exit
+        code. If process 0 is alive, the abort was this process's own fault and takes its course.
+        """
         time.sleep(4 * BEAT)
         if self._seen[0].silent > 2 * BEAT:
             time.sleep(SILENCE)
-        os._exit(128 + number)
+        os._exit(128 + number)  # what a shell reports for a process that a signal has ended
 
     def _run(self) -> None:
+        """The thread: looks every `BEAT` seconds, and ends the process if the run cannot go on."""
         last = time.monotonic()
         while not self._ended.wait(BEAT):
             now = time.monotonic()
+            # More time than two beats between two rounds means that the machine slept or the
+            # process was suspended. Others had no chance to show signs of life in that time.
             lived, last = min(now - last, 2 * BEAT), now
             if self._error is not None:
                 self._closing += lived
-                if self._closing > UNWINDING:  # closing waits for another process
+                if self._closing > UNWINDING:  # closing the files waits for a process that is gone
                     tell(self._error)
                     os._exit(exit_code(self._error))
                 continue
@@ -193,16 +229,22 @@ class Watch:
             verdict = self._verdict()
             if verdict is not None and self._error is None:
                 code, line = verdict
-                Console().show_cursor()  # which a progress bar hides
+                Console().show_cursor()  # a progress bar has hidden it, and nobody closes the bar
                 print(f"tinyllama: {line}", file=sys.stderr, flush=True)
                 if self._count > 1:
                     self._sign_off(code, line)
                     if self._me == 0:
                         self._linger()
+                # Not sys.exit, which would only end this thread. The main thread may wait in a
+                # collective for ever.
                 os._exit(code)
 
     def _look(self, lived: float) -> None:
-        """Writes the own state and reads everyone's."""
+        """Writes this process's state, and reads those of all others.
+
+        `lived` is the time since the last look, in seconds, without any in which this process was
+        not running.
+        """
         if self._count > 1:
             self._write()
         for process, seen in enumerate(self._seen):
@@ -212,13 +254,14 @@ class Watch:
             seen.still = 0.0 if state.get("moves") != before.get("moves") else seen.still + lived
 
     def _verdict(self) -> tuple[int, str] | None:
-        """(exit code, reason) if the run cannot go on."""
+        """Returns an exit code and the reason if the run cannot go on, else None."""
         for process, seen in enumerate(self._seen):
             if process == self._me:
-                continue
+                continue  # whoever runs this is neither gone nor silent
             left = seen.state.get("left")
             if left is not None and left["code"]:
-                # An error of all processes alike is told by each: it gets there on its own.
+                # Two beats of grace: if all processes have the same error, this one will raise and
+                # report it by itself.
                 self._told += 1
                 if self._told > 2:
                     return left["code"], left["reason"]
@@ -248,12 +291,16 @@ class Watch:
         )
 
     def _patience(self, phase: str, behind: bool) -> float:
-        """Seconds that the last process may stay where it is; `behind`: others are further."""
+        """Returns how many seconds the process that is furthest back may stay in its phase.
+
+        `behind` says whether any other process is further than that one.
+        """
         if phase == "step" and self._count > 1 and self._timed >= TIMED:
             return max(STEP, SLOWER * self._longest)
         return PATIENCE[phase] if behind else max(PATIENCE[phase], STANDSTILL)
 
     def _state(self) -> dict[str, Any]:
+        """Returns what the file of this process tells the others."""
         moves, phase, step = self._place
         return {
             "host": self._host,
@@ -266,9 +313,11 @@ class Watch:
         }
 
     def _write(self) -> None:
-        # In place: on NFS a name leads to the file before a rename for up to a minute, but opening
-        # a file shows what was last closed. Who reads half of it keeps what it read before. A disk
-        # that is full or away for a while must not end the thread.
+        # The file is overwritten in place, not replaced by a rename as elsewhere. After a rename
+        # another machine may see the old file under that name for up to a minute on NFS, whereas
+        # opening a file shows what was last written and closed. A reader that meets half a file
+        # keeps its previous reading. Errors are ignored, because a disk that is full or unreachable
+        # for a while must not end the thread.
         with self._writing, contextlib.suppress(OSError):
             self._beat += 1
             state = json.dumps(self._state()).encode()
@@ -279,12 +328,14 @@ class Watch:
                 os.close(file)
 
     def _read(self, process: int) -> dict[str, Any] | None:
+        """Reads the state of a process; None if its file is missing or half written."""
         try:
             return json.loads((self._folder / f"{process}.json").read_text())
         except (OSError, ValueError):
             return None
 
     def _sign_off(self, code: int, reason: str) -> None:
+        """Tells the others that this process leaves, with which exit code and why."""
         self._left = {"code": code, "reason": reason}
         self._write()
 
@@ -293,8 +344,11 @@ class Watch:
         return state is not None and state["left"] is not None
 
     def _linger(self) -> None:
-        """Lets the others go first: process 0 serves JAX's coordinator, without which they are
-        aborted before they can say why they leave."""
+        """Waits for the other processes to leave.
+
+        Process 0 serves JAX's coordinator. If it left first, JAX would abort the others before they
+        can say why they leave.
+        """
         deadline = time.monotonic() + LINGER
         alive = [p for p, seen in enumerate(self._seen) if p != self._me and seen.silent < SILENCE]
         while time.monotonic() < deadline and not all(map(self._has_left, alive)):
@@ -303,9 +357,9 @@ class Watch:
 
 
 def _may_be_anothers(error: BaseException | None) -> bool:
-    """Whether an error may come from a broken connection to another process."""
+    """Returns whether an error may come from a broken connection to another process."""
     while error is not None:
-        # On CPUs the library of the collectives is Gloo, whose errors are ValueErrors here.
+        # Collectives on CPUs run in Gloo, whose errors reach Python as ValueError.
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             return True
         error = error.__cause__ or error.__context__
