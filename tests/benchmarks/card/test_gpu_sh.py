@@ -84,10 +84,12 @@ class Machine:
         return process.returncode, printed
 
     def calls(self) -> list[tuple[str, list[str]]]:
-        """(module, its options) of each program that was started, in order."""
+        """(module, its options) of each program that was started, in order.
+
+        Not counted are the installation of .wheels/ and questions to the interpreter (-c).
+        """
         lines = [shlex.split(line, comments=True) for line in self.noted.read_text().splitlines()]
-        assert all(line[0] == "-m" for line in lines)
-        return [(module, options) for _, module, *options in lines]
+        return [(line[1], line[2:]) for line in lines if line[0] == "-m" and line[1] != "pip"]
 
     def modules(self) -> list[str]:
         return [module for module, _ in self.calls()]
