@@ -1,4 +1,4 @@
-"""What the project claims about itself, as commands that measure it.
+"""Commands that measure what the project claims about itself.
 
 Each is run from the project's folder by the name of its module, and `--help` lists its options:
 
@@ -10,6 +10,6 @@ Each is run from the project's folder by the name of its module, and `--help` li
 - generation.py: generating text beside transformers;
 - card/: a smoke test for a rented GPU, and a rehearsal of gpu.sh without one;
 - gpu.sh: everything that needs a GPU, in stages, by one command;
-- running.py: what all of them share: models, worker processes, result files;
+- running.py: models, worker processes and result files, which all of them share;
 - results/: the tables that were measured, by date.
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, worker processes, and how results are shown and written.
+"""Models, worker processes and result files, which the benchmarks share.
 
 Nothing here imports JAX or torch: the process that starts the workers must not hold memory of the
 device that they measure.
@@ -62,9 +62,9 @@ NO_TIME = "no time left"
 NOT_KNOWN = "NOT KNOWN: "
 
 Spec = dict[str, Any]
-"""What a worker is asked to do, as JSON: `whose` (`tinyllama_jax`, or another system's name),
-`model`, `rows` and `micro_rows` of a step, `precision`, `options`, `steps`, and `begun`, the
-time.time() at which the worker was started."""
+"""A worker's task, as JSON: `whose` (`tinyllama_jax`, or another system's name), `model`,
+`rows` and `micro_rows` of a step, `precision`, `options`, `steps`, and `begun`, the time.time() at
+which the worker was started."""
 
 
 def is_quick(options: Any) -> bool:

@@ -240,7 +240,7 @@ def main(options: Options) -> int:
     on_gpu = running.REHEARSED or jax.default_backend() == "gpu"
     require(
         on_gpu or (options.quick and not options.tune),
-        "There is no GPU here: without one there is --quick alone, which times nothing of worth.",
+        "There is no GPU here: on a CPU only --quick runs, whose times mean nothing.",
     )
     if not options.tune:
         benchmark(list(options.systems), options)

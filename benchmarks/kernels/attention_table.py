@@ -20,7 +20,7 @@ head, against the reference in fp32; above {TOLERANCE} nothing is timed. Same bi
 
 @dataclasses.dataclass
 class Row:
-    """What was measured of one system in one case."""
+    """The measurements of one system in one case."""
 
     case: Case
     system: str

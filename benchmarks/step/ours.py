@@ -24,7 +24,7 @@ from tinyllama_jax.training.step import (
 
 
 class Trained(NamedTuple):
-    """What a training run measured, and what it ended with."""
+    """The measurements of a training run, and its last state."""
 
     result: dict[str, Any]
     """`seconds` and `losses` of each step, `compile_seconds`, `first_step_seconds` (from the start

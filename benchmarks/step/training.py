@@ -124,7 +124,7 @@ class Options:
     seconds: float = 420
     """Time for all systems together; none starts that would hardly end in it."""
     systems: tuple[Part, ...] = WHOLE
-    """What runs on a GPU, in this order."""
+    """Groups of systems that run on a GPU, in this order."""
     caches: Path | None = None
     """Folder that keeps compiled programs for later calls; by default they are removed."""
     quick: bool = False

@@ -1,4 +1,4 @@
-"""What tests of benchmarks share."""
+"""Fixtures for the tests of benchmarks."""
 
 import pytest
 

@@ -8,7 +8,7 @@ from benchmarks import generation
 
 
 @pytest.mark.torch
-def test_generation_is_compared_with_transformers(tmp_path, capsys, monkeypatch):
+def test_generation_is_compared_with_transformers(tmp_path, capsys):
     options = generation.Options(quick=True, batch=(1, 3), out=tmp_path / "table")
     assert generation.main(options) == 0
     assert "NOTHING about any device" in capsys.readouterr().out
@@ -22,27 +22,39 @@ def test_generation_is_compared_with_transformers(tmp_path, capsys, monkeypatch)
     assert table.count("| ours |") == 4 and table.count("100.0%") == 6
     assert "tiny at batch 1 " in table and "tiny at batch 3 " in table
 
-    # A side that fails costs nothing of the other.
-    def out_of_memory(*_):
-        raise RuntimeError("CUDA out of memory.")
 
-    with monkeypatch.context() as patch:
-        patch.setitem(generation.SIDES, "transformers", out_of_memory)
-        options = generation.Options(quick=True, batch=(1,), out=tmp_path / "half")
-        assert generation.main(options) == 1
-    turns = json.loads((tmp_path / "half.json").read_text())["turns"]
-    assert [turn.get("failure", "") for turn in turns] == [
-        "",
-        "RuntimeError: CUDA out of memory.",
-        "",
-    ]
-    assert turns[0]["tokens_per_s"] > 0 and "ids" not in turns[0]
-    assert "tiny at batch 1 NOT COMPARED" in (tmp_path / "half.md").read_text()
-
-    # Another text ends in exit code 1.
+@pytest.fixture
+def give(monkeypatch):
+    """Makes a side give these new tokens instead of generating any, or raise an error."""
     monkeypatch.setattr(generation, "save_random", lambda config, folder: None)
-    for last, side in enumerate(generation.SIDES):
-        made = [generation.timed(1, 0, lambda ids=last: (1.0, 2.0, [[7, ids]]))]
-        monkeypatch.setitem(generation.SIDES, side, lambda *_, made=made: list(map(dict, made)))
+
+    def call(side, tokens):
+        def turn(*_):
+            if isinstance(tokens, Exception):
+                raise tokens
+            return [generation.timed(1, 0, lambda: (1.0, 2.0, [tokens]))]
+
+        monkeypatch.setitem(generation.SIDES, side, turn)
+
+    return call
+
+
+def test_a_side_that_fails_costs_nothing_of_the_other(give, tmp_path):
+    give("ours", [7, 8])
+    give("transformers", RuntimeError("CUDA out of memory."))
+    options = generation.Options(quick=True, batch=(1,), out=tmp_path / "table")
+    assert generation.main(options) == 1
+    turns = json.loads((tmp_path / "table.json").read_text())["turns"]
+    failures = [turn.get("failure") for turn in turns]
+    assert failures == [None, "RuntimeError: CUDA out of memory.", None]
+    assert turns[0]["tokens_per_s"] > 0 and "ids" not in turns[0]
+    assert "tiny at batch 1 NOT COMPARED" in (tmp_path / "table.md").read_text()
+
+
+def test_other_texts_in_fp32_are_an_error(give, capsys):
+    give("ours", [7, 8])
+    give("transformers", [7, 8])
+    assert generation.main(generation.Options(quick=True, batch=(1,))) == 0
+    give("transformers", [7, 9])
     assert generation.main(generation.Options(quick=True, batch=(1,))) == 1
     assert "The texts differ" in capsys.readouterr().err

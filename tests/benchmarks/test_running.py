@@ -106,7 +106,7 @@ def test_a_worker_that_takes_too_long_is_stopped(work):
 
 @pytest.mark.parametrize("rehearsed", [False, True])
 def test_a_rehearsal_says_so_and_stays_out_of_the_results(rehearsed, tmp_path):
-    """In a new process, since programs read the variable as they start."""
+    """This needs a new process, since programs read the variable as they start."""
     code = """
 import json, sys, types
 from pathlib import Path
@@ -122,14 +122,11 @@ print(json.dumps({"default": str(by_default), "asked": str(asked), "tiny": tiny}
     env = os.environ | {"TINYLLAMA_REHEARSED": "1" if rehearsed else "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, tmp_path]
     shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    told = json.loads(shown.stdout)
-    folder = ROOT / "benchmarks" / ("rehearsed/REHEARSED-" if rehearsed else "results/")
-    assert re.fullmatch(
-        re.escape(f"{folder}{'' if rehearsed else os.sep}")
-        + r"\d{4}-\d\d-\d\d-training-1b-NVIDIA-H100",
-        told["default"],
-    )
-    assert told["asked"] == f"{folder}{'' if rehearsed else os.sep}x" and told["tiny"] == rehearsed
+    answer = json.loads(shown.stdout)
+    start = f"{ROOT}/benchmarks/" + ("rehearsed/REHEARSED-" if rehearsed else "results/")
+    name = r"\d{4}-\d\d-\d\d-training-1b-NVIDIA-H100"
+    assert re.fullmatch(re.escape(start) + name, answer["default"])
+    assert answer["asked"] == f"{start}x" and answer["tiny"] == rehearsed
     text = (tmp_path / "x.md").read_text()
     assert ("NOTHING about any device" in text) == text.startswith("# REHEARSED: ") == rehearsed
     assert json.loads((tmp_path / "x.json").read_text())["rehearsed"] == rehearsed

@@ -1,4 +1,4 @@
-"""What a device reaches on products and copies is measured and written."""
+"""The speed of products and copies is measured and written."""
 
 from benchmarks.kernels import ceilings
 

@@ -1,4 +1,4 @@
-"""Machine code is read right, and what the attention kernels' loops hold is what is meant."""
+"""Machine code is read correctly, and the loops of the attention kernels hold what they should."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tinyllama_jax.model.tiles import TILES
 
 
 def listing(*lines: str) -> str:
-    """As the disassembler writes it; `.L_x_0:` is a label."""
+    """Instructions in the format of the disassembler; `.L_x_0:` is a label."""
     return "\n".join(
         line if line.endswith(":") else f"        /*{16 * i:04x}*/         {line} ;"
         for i, line in enumerate(lines)
@@ -21,14 +21,14 @@ def listing(*lines: str) -> str:
 
 LOOPS = listing(
     "MUFU.EX2 R9, R9",
-    ".L_x_4:",  # around the two others
+    ".L_x_4:",  # the loop around the two others
     "FADD R1, R1, R2",
     ".L_x_1:",
     "LDSM.16.MT88.4 R24, [R3+0x400]",
     "@!PT LDS RZ, [RZ]",
     "HMMA.16816.F32.BF16 R4, R8, R12, R4",
     "@!P0 MUFU.EX2 R4, R4",
-    "@P0 BRA `(.L_x_2)",  # forward
+    "@P0 BRA `(.L_x_2)",  # a jump forward is no loop
     "IMAD.WIDE R2, R37, 0x2, R4",
     ".L_x_2:",
     "@!P0 CALL.REL.NOINC `(.L_x_3)",
@@ -63,7 +63,7 @@ def test_products_and_bytes_are_those_of_a_warp():
     assert second.shared_bytes == (64 + 128 + 64) * 16 * 2 / 4 + 32 * 8
 
 
-def test_an_instruction_of_no_unit_is_an_error():
+def test_an_unknown_instruction_is_an_error():
     with pytest.raises(UserError, match="which unit does FROB use"):
         inner_loops(
             listing(".L_x_1:", "HMMA.16816.F32 R4, R8, R12, R4", "FROB R1", "BRA `(.L_x_1)")
@@ -85,9 +85,9 @@ def test_bounds_of_units_that_work_at_once_in_turns_and_one_by_one():
     ],
 )
 def test_blocks_of_a_multiprocessor(registers, shared_memory, warps, blocks):
-    found = Resources(registers, 0, shared_memory, "", b"")
+    kernel = Resources(registers, 0, shared_memory, "", b"")
     target = dataclasses.replace(instructions.A100_40G, shared_memory=203_000)
-    assert instructions.blocks_of_multiprocessor(found, warps, target) == blocks
+    assert instructions.blocks_of_multiprocessor(kernel, warps, target) == blocks
 
 
 PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
@@ -97,12 +97,14 @@ PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 @pytest.mark.parametrize("kernel", ["flash_forward", "flash_dq", "flash_dkdv"])
 @pytest.mark.parametrize("chip", ["A100", "H100"])
 def test_loops_hold_what_a_score_needs(chip, kernel):
-    """One exponential, one product and sum before it, and a choice only where something hides."""
+    """A score needs an exponential, a multiply-add before it, and a selection only under a mask."""
     tile = getattr(TILES["pallas", chip, "bfloat16", 64], instructions.FIELDS[kernel])
     counts = instructions.count("pallas", kernel, chip, tile, 64, 2048)
-    scores = counts.scores_of_warp / 32  # of a thread
+    scores = counts.scores_of_warp / 32  # that a thread computes
     full, masked = counts.loops["full"], counts.loops["masked"]
     assert full.names["FFMA.FTZ"] == scores
-    assert scores <= full.names["MUFU.EX2"] <= 1.1 * scores  # the forward kernel's sums shrink too
+    assert (
+        scores <= full.names["MUFU.EX2"] <= 1.1 * scores
+    )  # the forward kernel also rescales its sums
     assert "FSEL" not in full.names and masked.names["FSEL"] == scores
     assert full.flop == masked.flop == 2 * 64 * counts.scores_of_warp * PRODUCTS[kernel]

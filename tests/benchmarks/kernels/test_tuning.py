@@ -30,16 +30,17 @@ def fewer_rows_are_faster(runs, rounds, seconds):
 
 
 def numbers(table: dict) -> dict:
-    """A table of tiles as plain tuples: a copy of the module has classes of its own."""
+    """A table of tiles as plain tuples, since a copy of the module has its own classes."""
     return {row: dataclasses.astuple(tiles) for row, tiles in table.items()}
 
 
 def numbers_in(path: Path) -> dict:
+    """The table in a copy of tiles.py."""
     return numbers(runpy.run_path(str(path))["TILES"])
 
 
 def assert_formatted(path: Path) -> None:
-    """By ruff, if it is installed."""
+    """Checks a file with ruff, if it is installed."""
     if ruff := shutil.which("ruff", path=Path(sys.executable).parent):
         subprocess.run([ruff, "format", "--check", "--line-length=100", path], check=True)
 
