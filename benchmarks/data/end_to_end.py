@@ -122,9 +122,8 @@ def by_processes(task: Task, processes: int) -> None:
 
 def by_workers(task: Task, workers: int) -> None:
     end(*[begin(task, worker=(index, workers), processes=1) for index in range(workers)])
-    end(
-        begin(task)
-    )  # joins the groups, if both of the last workers saw a group of the other missing
+    # If the last two workers each saw a group of the other missing, the groups are not joined yet.
+    end(begin(task))
 
 
 def by_beam(task: Task) -> None:

@@ -56,11 +56,8 @@ RATES: dict[str, dict[str, int]] = {
 # Matrix products for each score; the backward pass counts as 2.5 forward passes.
 PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkdv": 4}
 FORWARD_AND_BACKWARD = 7
-FIELDS = {
-    "flash_forward": "forward",
-    "flash_dq": "dq",
-    "flash_dkdv": "dkdv",
-}  # kernel -> field of Tiles
+# Kernel -> field of Tiles.
+FIELDS = {"flash_forward": "forward", "flash_dq": "dq", "flash_dkdv": "dkdv"}
 
 LEGEND = [
     "Counted and computed, not measured: bf16, causal, no documents.",
