@@ -40,13 +40,13 @@ gguf-check: $(VENV)-gguf/installed runs/demo/export/model.safetensors
 
 # The minutes on a rented card, gone through on a CPU with the versions of such a machine.
 rehearse: $(VENV)-card/installed wheels
-	$(VENV)-card/bin/python benchmarks/rehearse.py
+	$(VENV)-card/bin/python -m benchmarks.card.rehearse
 
 # What such a machine lacks, for its Python; it travels with the project.
 wheels:
 	@test -n "$(wildcard .wheels/*.whl)" || $(PYTHON) -m pip download --quiet --no-deps \
 		--disable-pip-version-check --python-version 3.12 --only-binary=:all: --dest .wheels \
-		--requirement benchmarks/card_wheels.txt
+		--requirement benchmarks/card/wheels.txt
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
@@ -79,7 +79,7 @@ $(VENV)-gguf/installed: requirements.txt pyproject.toml
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.36'
 	@touch $@
 
-$(VENV)-card/installed: benchmarks/card_requirements.txt
+$(VENV)-card/installed: benchmarks/card/requirements.txt
 	@$(CARD_PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else \
 		"Python 3.12 is needed, as on the cards: make rehearse CARD_PYTHON=/path/to/python3.12")'
 	test -x $(@D)/bin/python || $(CARD_PYTHON) -m venv $(@D)

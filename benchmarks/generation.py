@@ -1,18 +1,19 @@
-"""Generation beside transformers' `generate` in PyTorch: same weights, dtype, prompts and device.
+"""Times generation beside transformers' `generate`, on the same weights, prompts and device.
 
-    python benchmarks/generation.py                  # the demo and the 1.1B; a table in results/
-    python benchmarks/generation.py --models demo    # one of them
-    python benchmarks/generation.py --quick          # a tiny model, which times nothing of worth
+    python -m benchmarks.generation                 # the demo and the 1.1B
+    python -m benchmarks.generation --models demo   # one of them
+    python -m benchmarks.generation --quick         # a tiny model, whose times mean nothing
 
-PyTorch draws random weights and saves them in a temporary folder, which both sides open in turns:
-ours, transformers, ours, each time in a fresh process, so that a clock that drifts meets both. At
-each batch size a generation warms up (we compile there), and is then repeated for some seconds, of
-which the median is told. Texts are greedy, never ended by eos. In fp32 they must be equal: exit
-code 1 if they are not, or if a turn failed. Prompts of a batch are equally long: PyTorch would want
-others padded. What was measured lies in results/ after each turn.
+PyTorch draws random weights and saves them in a temporary folder, from which both sides read them.
+The sides take turns (ours, transformers, ours), each in a new process, so that a drifting clock
+affects both. At each batch size, one generation warms up and compiles; then it is repeated for some
+seconds, and the median is reported. Decoding is greedy and does not stop at eos. All prompts of a
+batch have the same length, since PyTorch would have to pad others. The table and its JSON are
+written to results/ after each turn. In fp32 the texts must be equal: the exit code is 1 if they are
+not, or if a turn failed.
 
-On two CPU cores the demo takes a minute or two, the 1.1B under ten, 14 GB of memory and 4.4 GB of
-disk; the table tells what each process held at most.
+On two CPU cores the demo takes two minutes at most; the 1.1B takes less than ten, 14 GB of memory
+and 4.4 GB of disk. The table shows how much memory each process held.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import running
-from ceilings import copy_speeds
+from benchmarks import running
+from benchmarks.kernels.ceilings import copy_speeds
 from tinyllama_jax.config import LlamaConfig
 from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.conversion.tensors import unread_layers
@@ -42,10 +43,10 @@ from tinyllama_jax.errors import first_line, require
 from tinyllama_jax.inference.generate import stream
 from tinyllama_jax.runtime.mesh import make_mesh, on_every_device
 
-# Model -> new tokens of a row: of the 1.1B few, since a CPU reads 4.4 GB for each.
+# Model -> new tokens of a row; few for the 1.1B, since a CPU reads 4.4 GB for each.
 NEW = {"demo": 97, "1b": 17, "tiny": 9}
-SECONDS = 5  # of repeating; the 1.1B takes longer for one on a CPU
-# (model, is there a GPU) -> how many times as fast as transformers this project means to be.
+SECONDS = 5  # time in which a generation is repeated; on a CPU the 1.1B does one at least
+# (model, whether on a GPU) -> this project's goal: how many times as fast as transformers.
 BARS = {("demo", False): 2.0, ("1b", False): 1.0, ("demo", True): 2.0, ("1b", True): 2.0}
 
 
@@ -54,46 +55,47 @@ class Options:
     models: tuple[str, ...] = ("demo", "1b")
     batch: tuple[int, ...] = (1, 16)
     prompt: int = 32
-    """Tokens of a prompt."""
+    """Tokens in a prompt."""
     new: int | None = None
-    """Tokens after it; by default 97 of the demo, and of the 1.1B 17 on a CPU."""
+    """Tokens that are generated; by default 97, and on a CPU 17 for the 1.1B."""
     dtype: str = "auto"
     """float32 or bfloat16; `auto` is bf16 on a GPU and fp32 on a CPU."""
     rounds: int = 1
-    """A round more is another turn of transformers and of ours."""
+    """How many turns transformers has; ours has one more."""
     quick: bool = False
     out: Path | None = None
-    """Where the results go, without suffix: benchmarks/results/DATE-generation-DEVICE by default,
-    and nowhere with --quick."""
+    """Path of the results, without suffix; by default benchmarks/results/DATE-generation-DEVICE,
+    and with --quick nothing is written."""
 
 
 def save_random(config: LlamaConfig, folder: Path) -> None:
-    """A folder of transformers' own, with the weights that it draws."""
+    """Saves a model of transformers with random weights into a folder."""
     import torch
 
-    from torch_peer import transformers_model
+    from benchmarks.step.torch_peer import transformers_model
 
     torch.manual_seed(0)
     transformers_model(config).save_pretrained(folder, max_shard_size="1TB")
 
 
 def prompts(config: LlamaConfig, rows: int, length: int) -> list[list[int]]:
+    """Random prompts, the same for both sides."""
     generator = np.random.default_rng(rows)
     return generator.integers(3, config.vocab_size, (rows, length)).tolist()
 
 
 def timed(rows: int, seconds: float, generation) -> dict[str, Any]:
-    """Medians of a generation that is repeated for some seconds, after one that warms up.
+    """Repeats a generation for some seconds, after one that warms up; returns the medians.
 
     Args:
-      rows: of its batch.
-      seconds: after which it is not begun again.
-      generation: gives (seconds until the first new tokens are there, until all are, the ids).
+      rows: rows of its batch.
+      seconds: time after which it is not started again.
+      generation: returns (seconds until the first new tokens, seconds until all, the new tokens).
     """
-    found, started = [generation()], time.perf_counter()
-    while len(found) == 1 or time.perf_counter() - started < seconds:
-        found.append(generation())
-    firsts, wholes, ids = zip(*found[1:], strict=True)
+    measured, started = [generation()], time.perf_counter()
+    while len(measured) == 1 or time.perf_counter() - started < seconds:
+        measured.append(generation())
+    firsts, wholes, ids = zip(*measured[1:], strict=True)
     return {
         "batch": rows,
         "first_seconds": statistics.median(firsts),
@@ -105,11 +107,11 @@ def timed(rows: int, seconds: float, generation) -> dict[str, Any]:
 
 
 def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """A turn of transformers: generations at each batch size."""
+    """A turn of transformers: times generation at each batch size."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    # Not by asking JAX, which would take most of the device's memory in this process.
+    # Asking JAX would make it take most of the device's memory in this process.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, case["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
@@ -127,9 +129,9 @@ def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict
         options |= dict(max_new_tokens=case["new"], stopping_criteria=[note_the_first])
         start = time.perf_counter()
         with torch.inference_mode():
-            found = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
-        found = found[:, ids_BT.shape[1] :].tolist()  # waits for a GPU
-        return times[0] - start, time.perf_counter() - start, found
+            ids = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+        new = ids[:, ids_BT.shape[1] :].tolist()  # waits for a GPU
+        return times[0] - start, time.perf_counter() - start, new
 
     turns = []
     for rows in case["batch"]:
@@ -139,9 +141,9 @@ def theirs(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict
 
 
 def ours(folder: Path, config: LlamaConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our turn: generations at each batch size."""
-    found, unread = huggingface.open_folder(folder)
-    assert found == config
+    """A turn of ours: times generation at each batch size."""
+    opened, unread = huggingface.open_folder(folder)
+    assert opened == config
     mesh = make_mesh(devices=jax.devices()[:1])
     weights = on_every_device(unread_layers(unread), mesh, case["dtype"])
 
@@ -164,13 +166,13 @@ SIDES = {"ours": ours, "transformers": theirs}
 
 
 def alone(function, *arguments):
-    """The function's result, from a process of its own."""
+    """Calls a function in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def device(quick: bool) -> dict[str, Any]:
-    """What is found at hand, and bytes a second that it copies."""
+    """Platform and name of the device, and how many bytes/s it copies."""
     speeds = copy_speeds(2**16 if quick else 2**30, 0.001 if quick else 0.5)
     return {
         "platform": jax.default_backend(),
@@ -180,8 +182,11 @@ def device(quick: bool) -> dict[str, Any]:
 
 
 def step_bytes(config: LlamaConfig, rows: int, case: dict[str, Any]) -> float:
-    """Bytes that a step reads at least: all weights but the embedding's other rows, and the keys
-    and values of half of the new tokens and of the prompt."""
+    """Bytes that a step reads at least.
+
+    These are all weights but the embedding, and the keys and values of the prompt and of half of
+    the new tokens, which is their average.
+    """
     weights = config.parameters() - config.vocab_size * config.width
     tokens = rows * (case["prompt"] + case["new"] / 2)
     cached = 2 * config.layers * config.kv_heads * config.head_width * tokens
@@ -192,82 +197,90 @@ Turns = list[dict[str, Any]]
 
 
 def measure(name: str, case: dict[str, Any], rounds: int, run, tell: Callable[[Turns], None]):
-    """The turns of one model by batch size, in the order in which they ran, one that failed with
-    its `failure`; `tell` gets those so far."""
+    """Measures the turns of a model; there is a row for each turn and batch size.
+
+    Args:
+      name: of the model.
+      case: dtype, batch sizes, and tokens of prompts and of what is generated.
+      rounds: turns of transformers.
+      run: calls a function, in this process or in a new one.
+      tell: is called with the rows so far after each turn; those of a failed turn have a `failure`.
+    """
     config, turns = running.MODELS[name], []
     with tempfile.TemporaryDirectory() as temporary:
         run(save_random, config, Path(temporary))
         for side in ("ours", *("transformers", "ours") * rounds):
             print(f"{name}, {side}", flush=True)
-            said = {"model": name, "side": side} | case
+            turn = {"model": name, "side": side} | case
             try:
-                turns += [said | found for found in run(SIDES[side], Path(temporary), config, case)]
-            except Exception as error:  # the other side goes on, whatever it is
+                turns += [turn | times for times in run(SIDES[side], Path(temporary), config, case)]
+            except Exception as error:  # whatever it is, the other side goes on
                 failure = f"{type(error).__name__}: {first_line(error)}"[:160]
-                turns += [said | {"batch": rows, "failure": failure} for rows in case["batch"]]
+                turns += [turn | {"batch": rows, "failure": failure} for rows in case["batch"]]
             complete(turns, config, case)
             tell(turns)
     return turns
 
 
 def complete(turns: Turns, config: LlamaConfig, case: dict[str, Any]) -> None:
-    """Adds what the table shows to what was measured."""
-    done = [found for found in turns if "failure" not in found]
-    wanted = {found["batch"]: found["ids"] for found in done if found["side"] == "transformers"}
-    for found in done:
-        rows, new = found["batch"], case["new"]
-        found["step_seconds"] = (found["seconds"] - found["first_seconds"]) / (new - 1)
-        found["tokens_per_s"] = rows * new / found["seconds"]
-        found["step_bytes"] = step_bytes(config, rows, case)
+    """Adds to the measured turns the numbers that the table shows."""
+    done = [turn for turn in turns if "failure" not in turn]
+    wanted = {turn["batch"]: turn["ids"] for turn in done if turn["side"] == "transformers"}
+    for turn in done:
+        rows, new = turn["batch"], case["new"]
+        turn["step_seconds"] = (turn["seconds"] - turn["first_seconds"]) / (new - 1)
+        turn["tokens_per_s"] = rows * new / turn["seconds"]
+        turn["step_bytes"] = step_bytes(config, rows, case)
         if (ids := wanted.get(rows)) is not None:
-            same = functools.partial(np.equal, found["ids"], ids)
+            same = functools.partial(np.equal, turn["ids"], ids)
             equal = running.if_known("how many tokens are the same", same)
-            found["same_tokens"] = None if equal is None else float(np.mean(equal))
+            turn["same_tokens"] = None if equal is None else float(np.mean(equal))
 
 
 COLUMNS = ("model", "rows", "side", "first, ms", "step, ms", "tokens/s", "GB/s", "share", "same")
 COLUMNS += ("held, GB",)
 
 
-def cells(found: dict[str, Any], copy: float) -> list[str]:
-    start = [found["model"], str(found["batch"]), found["side"]]
-    if "failure" in found:
-        return [*start, found["failure"]]
-    speed, first = found["step_bytes"] / found["step_seconds"], 1e3 * found["first_seconds"]
-    same = found.get("same_tokens")
+def cells(turn: dict[str, Any], copy: float) -> list[str]:
+    """A row of the table; `copy` is how many bytes/s the device copies."""
+    start = [turn["model"], str(turn["batch"]), turn["side"]]
+    if "failure" in turn:
+        return [*start, turn["failure"]]
+    speed, first = turn["step_bytes"] / turn["step_seconds"], 1e3 * turn["first_seconds"]
+    same = turn.get("same_tokens")
     return [
         *start,
         f"{first:,.{1 if first < 100 else 0}f}",
-        f"{1e3 * found['step_seconds']:,.2f}",
-        f"{found['tokens_per_s']:,.1f}",
+        f"{1e3 * turn['step_seconds']:,.2f}",
+        f"{turn['tokens_per_s']:,.1f}",
         f"{speed / 1e9:,.2f}",
         f"{speed / copy:.0%}",
         "" if same is None else f"{same:.1%}",
-        f"{found['process_peak_bytes'] / 1e9:.2f}",
+        f"{turn['process_peak_bytes'] / 1e9:.2f}",
     ]
 
 
 def ratios(turns: Turns, on_gpu: bool) -> list[str]:
-    """A phrase for each model and batch size: how many times as fast, and the bar."""
-    found = []
+    """A phrase for each model and batch size: how many times as fast ours is, and the goal."""
+    phrases = []
     for name, rows in dict.fromkeys((t["model"], t["batch"]) for t in turns):
         speeds = {side: [] for side in SIDES}
         for turn in turns:
             if (turn["model"], turn["batch"]) == (name, rows) and "failure" not in turn:
                 speeds[turn["side"]].append(turn["tokens_per_s"])
         if not all(speeds.values()):
-            found.append(f"{name} at batch {rows} NOT COMPARED, as one side is missing")
+            phrases.append(f"{name} at batch {rows} NOT COMPARED, as one side is missing")
             continue
         medians = {side: statistics.median(each) for side, each in speeds.items()}
         ratio, bar = medians["ours"] / medians["transformers"], BARS.get((name, on_gpu))
-        against = "" if bar is None else f" ({'reached' if ratio >= bar else 'MISSED'}: {bar:.1f})"
-        found.append(f"{name} at batch {rows} {ratio:.2f}{against}")
-    return found
+        goal = "" if bar is None else f" ({'reached' if ratio >= bar else 'MISSED'}: {bar:.1f})"
+        phrases.append(f"{name} at batch {rows} {ratio:.2f}{goal}")
+    return phrases
 
 
 def report(turns: Turns, at_hand: dict[str, Any], options: Options, last: bool = True) -> None:
-    """Writes the table, and prints it if it is the last."""
-    turns = sorted(turns, key=lambda found: found["batch"])  # stable: in their order otherwise
+    """Writes the table, and prints it if it is the last one."""
+    turns = sorted(turns, key=lambda turn: turn["batch"])  # stable, so turns keep their order
     first, kind, copy = turns[0], at_hand["device"], at_hand["copy_bytes_per_s"]
     new = ", ".join(f"{model} {n}" for model, n in {t["model"]: t["new"] for t in turns}.items())
     load = "/".join(f"{number:.1f}" for number in os.getloadavg())
@@ -286,10 +299,10 @@ def report(turns: Turns, at_hand: dict[str, Any], options: Options, last: bool =
     ]
     legend += [running.QUICK] * options.quick
     title = f"Generation on {kind}, {datetime.date.today().isoformat()}"
-    table = [list(COLUMNS), *(cells(found, copy) for found in turns)]
+    table = [list(COLUMNS), *(cells(turn, copy) for turn in turns)]
     out = running.results_path(options, "generation", kind)
     if out is not None:
-        kept = [{name: x for name, x in found.items() if name != "ids"} for found in turns]
+        kept = [{name: x for name, x in turn.items() if name != "ids"} for turn in turns]
         running.write_results(out, kind, title, legend, table, at_hand | {"turns": kept})
     if last:
         running.show(title, table, legend)
@@ -302,7 +315,7 @@ def main(options: Options) -> int:
         options.dtype in ("auto", "float32", "bfloat16"),
         f"--dtype is {options.dtype!r}: auto, float32 and bfloat16 are there.",
     )
-    # A GPU's memory is for one side at a time, and never for this process.
+    # Each side needs the GPU's memory for itself, so this process must not take any.
     run = (lambda function, *arguments: function(*arguments)) if options.quick else alone
     at_hand = run(device, running.is_quick(options))
     dtype, on_gpu = options.dtype, at_hand["platform"] != "cpu"
@@ -321,9 +334,9 @@ def main(options: Options) -> int:
         case["repeat_seconds"] = 0 if running.is_quick(options) else SECONDS
         turns += measure(name, case, options.rounds, run, tell)
     report(turns, at_hand, options)
-    if any("failure" in found for found in turns):
+    if any("failure" in turn for turn in turns):
         return 1
-    same = all(found.get("same_tokens") == 1 for found in turns)
+    same = all(turn.get("same_tokens") == 1 for turn in turns)
     if dtype == "float32" and not same:
         print("The texts differ: these are not the same models.", file=sys.stderr)
         return 1

@@ -1,60 +1,62 @@
 #!/usr/bin/env bash
-# What a CUDA machine is asked for, by stages, in one call of under nine minutes:
+# Measures a CUDA machine in stages, in one call that takes less than nine minutes:
 #
 #   OUT=out bash benchmarks/gpu.sh
 #   OUT=out LIMIT=170 STAGES="tests ceilings" bash benchmarks/gpu.sh
 #
-# Programs write at once what they measured, and OUT/results.tar.gz holds all results and logs so
-# far after each stage, one that failed too, and when the call is ended. JAX for CUDA and torch must
-# be there; wheels in .wheels/ go into a folder of their own. No network is needed.
+# Programs write each result as soon as it is measured. After each stage, failed ones included, and
+# if the call is stopped, OUT/results.tar.gz holds all results and logs so far. JAX for CUDA and
+# torch must be installed; wheels in .wheels/ are installed into a temporary folder. No network is
+# needed.
 #
-#   STAGES="..."    in this order; by default: smoke training breakdown peers
-#     smoke         half a minute; if it fails, nothing else is begun
-#     training      ours beside the likely fastest of PyTorch's
-#     breakdown     where the time of our step goes
-#     peers         ours beside transformers and PyTorch's flash attention, and by our own kernels
-#     variants      ours alone, by all that may make it faster
-#     tests         those marked gpu
-#     ceilings      what the card reaches on matrix products and in copying
+#   STAGES="..."    run in this order; by default: smoke training breakdown peers
+#     smoke         half a minute; if it fails, no other stage is started
+#     training      our step beside the PyTorch step that is likely the fastest
+#     breakdown     where the time of our step is spent
+#     peers         our step with our own kernels, beside transformers and PyTorch's flash attention
+#     variants      our step alone, with each option that may make it faster
+#     tests         the tests marked gpu
+#     ceilings      the speed that the card reaches on matrix products and on copying memory
 #     sanitizer     our attention kernels under compute-sanitizer
 #     attention     our attention beside cuDNN, tokamax and PyTorch
-#     tune          tiles of our kernels, rewritten in tinyllama_jax/model/tiles.py
+#     tune          search for the fastest tiles, and write them into tinyllama_jax/model/tiles.py
 #     repeat        do two runs give the same bits?
-#     learning      does the 120M learn as PyTorch's does?
+#     learning      does the 120M learn as it does in PyTorch?
 #     decoding      generation beside transformers
-#   LIMIT=530       seconds for all of them
-#   MODEL=1b        of training, breakdown, peers and variants: 120m or demo too
+#   LIMIT=530       seconds for all stages together
+#   MODEL=1b        model of training, breakdown, peers and variants; or 120m or demo
 #   WIDTHS="64 128" head widths to find tiles for
-#   DATA=folder     of learning: rows of a prepared dataset instead of Python's standard library;
-#                   needs grain
-#   CACHES=folder   what is compiled, for the next stage and the next call
-#   COMMIT=...      what the files are, where git does not know
+#   DATA=folder     prepared dataset for learning, instead of Python's standard library; needs grain
+#   CACHES=folder   keeps compiled programs for the next stage and the next call
+#   COMMIT=...      the commit of the files, where there is no git
 #   PYTHON=python3
-#   OUT=folder      where the archive goes, and of breakdown the trace and the compiled step
+#   OUT=folder      where the archive goes, and the trace and compiled step of breakdown
 set -uo pipefail
 
 STAGES=${STAGES:-smoke training breakdown peers} LIMIT=${LIMIT:-530} MODEL=${MODEL:-1b}
 PYTHON=${PYTHON:-python3}
 CACHES=$(realpath -m "${CACHES:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/tinyllama-benchmarks}")
-LEAST=25 # seconds, in which a program hardly starts
+LEAST=25 # seconds; in less, a program hardly starts
 code=0 stage= logs=$(mktemp -d)
 
 die() { echo "gpu.sh: $1" >&2 && exit 2; }
 
-archive() { # all that was written since the beginning, as one file that is always a whole one
+archive() { # packs all files written since the start; the archive is replaced in one move
   [ -n "${OUT:-}" ] || return 0
   find "$logs" benchmarks/results benchmarks/rehearsed tinyllama_jax/model/tiles.py -maxdepth 1 \
     -type f ! -name '.*' -newer "$logs/begun" -print0 2>/dev/null |
     tar --create --gzip --null --files-from=- --transform='s,.*/,,' \
       --file "$OUT/.results.$$.tar.gz" 2>/dev/null
-  # 1: a log grew while it was read.
+  # tar exits with 1 if a log grew while it was read.
   [ $? -le 1 ] && mv "$OUT/.results.$$.tar.gz" "$OUT/results.tar.gz"
 }
 
-most() { echo $(($1 < LIMIT - SECONDS ? $1 : LIMIT - SECONDS)); } # SECONDS: and what is left
+most() { # SECONDS: as many, or as many as are left
+  echo $(($1 < LIMIT - SECONDS ? $1 : LIMIT - SECONDS))
+}
 
-run() { # NAME SECONDS COMMAND...: at most so long
-  local name=$1 limit start=$SECONDS found=0
+run() { # NAME SECONDS COMMAND...: runs the command, for at most SECONDS
+  local name=$1 limit start=$SECONDS status=0
   limit=$(most "$2")
   shift 2
   if [ "$limit" -lt "$LEAST" ]; then
@@ -62,38 +64,39 @@ run() { # NAME SECONDS COMMAND...: at most so long
     return 0
   fi
   echo "== $name ($SECONDS s so far)"
-  # In the background, or a signal would have to wait for it.
+  # In the background: else bash would handle a signal only after the command ended.
   timeout --kill-after=5 "$limit" "$@" >"$logs/$name.out" 2>"$logs/$name.log" &
   stage=$!
-  wait "$stage" || found=$?
+  wait "$stage" || status=$?
   stage=
   cat "$logs/$name.out"
-  echo "== $name: exit code $found after $((SECONDS - start)) s"
-  [ "$found" = 0 ] || { code=1 && tail -n 25 "$logs/$name.log"; }
+  echo "== $name: exit code $status after $((SECONDS - start)) s"
+  [ "$status" = 0 ] || { code=1 && tail -n 25 "$logs/$name.log"; }
   archive
-  return "$found"
+  return "$status"
 }
 
-training() { # NAME SECONDS [OPTION...]: ends by itself, with its table, before it is ended
-  run "$1" "$2" "$PYTHON" benchmarks/training.py --model "$MODEL" --steps 6 --caches "$CACHES" \
-    --seconds $(($(most "$2") - 10)) "${@:3}"
+training() { # NAME SECONDS [OPTION...]: given 10 s less, so that it ends by itself with its table
+  run "$1" "$2" "$PYTHON" -m benchmarks.step.training --model "$MODEL" --steps 6 \
+    --caches "$CACHES" --seconds $(($(most "$2") - 10)) "${@:3}"
 }
 
-stage_smoke() { run smoke 100 "$PYTHON" benchmarks/smoke.py || exit 1; }
+stage_smoke() { run smoke 100 "$PYTHON" -m benchmarks.card.smoke || exit 1; }
 stage_training() { training training 330 --systems ours peer ours; }
 stage_peers() { training peers 400 --systems peers ours; }
 stage_variants() { training variants 530 --systems variants; }
 stage_breakdown() {
-  # Beside the archive, which must not grow beyond what can be carried.
-  run breakdown 90 "$PYTHON" benchmarks/breakdown.py --model "$MODEL" ${OUT:+--keep "$OUT"}
+  # The trace goes beside the archive, which would become too large to send with it.
+  run breakdown 90 "$PYTHON" -m benchmarks.step.breakdown --model "$MODEL" ${OUT:+--keep "$OUT"}
 }
-stage_ceilings() { run ceilings 60 "$PYTHON" benchmarks/ceilings.py --tokens 32768; }
-stage_attention() { run attention 190 "$PYTHON" benchmarks/attention.py; }
-stage_decoding() { run decoding 240 "$PYTHON" benchmarks/generation.py; }
+stage_ceilings() { run ceilings 60 "$PYTHON" -m benchmarks.kernels.ceilings --tokens 32768; }
+stage_attention() { run attention 190 "$PYTHON" -m benchmarks.kernels.attention; }
+stage_decoding() { run decoding 240 "$PYTHON" -m benchmarks.generation; }
 
 stage_tests() {
   local parallel
-  # Side by side, each taking only the memory that it needs; no conftest.py, which is for all tests.
+  # In parallel, so each process takes only the memory that it needs. Without conftest.py, which
+  # needs packages of the whole suite.
   parallel=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null)
   # shellcheck disable=SC2086
   XLA_PYTHON_CLIENT_PREALLOCATE=false run tests 120 "$PYTHON" -m pytest -p no:cacheprovider \
@@ -108,27 +111,28 @@ stage_sanitizer() {
     echo "== sanitizer: compute-sanitizer is not installed here"
     return
   fi
-  # Every array in an allocation of its own: in JAX's pool a read past the end hits a neighbour.
+  # Each array gets an allocation of its own: in JAX's pool, a read past the end of one array
+  # would hit another and go unnoticed.
   XLA_PYTHON_CLIENT_ALLOCATOR=platform run sanitizer 100 "$sanitizer" --tool memcheck \
     --report-api-errors no --error-exitcode 9 \
-    "$PYTHON" benchmarks/attention.py --quick --systems pallas triton
+    "$PYTHON" -m benchmarks.kernels.attention --quick --systems pallas triton
 }
 
 stage_tune() {
   # shellcheck disable=SC2086
-  run tune 150 "$PYTHON" benchmarks/attention.py --tune --head-widths ${WIDTHS:-64 128}
+  run tune 150 "$PYTHON" -m benchmarks.kernels.attention --tune --head-widths ${WIDTHS:-64 128}
 }
 
 stage_repeat() {
-  run repeat 190 "$PYTHON" benchmarks/repeat.py --seconds $(($(most 190) - 10))
+  run repeat 190 "$PYTHON" -m benchmarks.step.repeat --seconds $(($(most 190) - 10))
 }
 
 stage_learning() {
-  run learning 530 "$PYTHON" benchmarks/learning.py --seconds $(($(most 530) - 10)) \
+  run learning 530 "$PYTHON" -m benchmarks.step.learning --seconds $(($(most 530) - 10)) \
     ${DATA:+--data "$DATA"}
 }
 
-# What is asked for, before a minute is spent on a part of it.
+# Check what was asked for before any time is spent.
 [[ $LIMIT =~ ^[1-9][0-9]*$ ]] && [ "$LIMIT" -ge "$LEAST" ] ||
   die "LIMIT is $LIMIT: give whole seconds, at least $LEAST."
 command -v timeout >/dev/null || die "There is no timeout here, which GNU coreutils bring."
@@ -145,7 +149,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -m 700 -p "$CACHES" || exit 2
 touch "$logs/begun"
 
 leave() {
-  [ -z "$stage" ] || kill "$stage" # timeout hands it on to all that it started
+  [ -z "$stage" ] || kill "$stage" # timeout passes the signal on to its children
   archive
   rm -rf "$logs/site"
   [ "$code" = 0 ] || echo "All logs: $logs"
@@ -163,7 +167,7 @@ if compgen -G '.wheels/*.whl' >/dev/null; then
     die "The wheels in .wheels/ cannot be installed: keep one version of each, for this Python."
   export PYTHONPATH=$PYTHONPATH:$logs/site
 fi
-# Those without which no program starts; smoke.py looks for the others.
+# Packages without which no program starts; benchmarks/card/smoke.py looks for the others.
 missing=$("$PYTHON" -c 'import importlib.util, sys
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' \
   jax flax optax numpy rich tyro docstring_parser typeguard) || die "$PYTHON does not run."
@@ -171,8 +175,8 @@ print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None)
 \`make wheels\` brings what such machines lack into .wheels/, which is looked for in the project's
 folder, and \`pip download --no-deps -d .wheels NAME\` brings more."
 
-# XLA looks for CUDA's libdevice and assembler in /usr/local/cuda and in NVIDIA's wheels, and the
-# project's own kernels need both: they may lie beside nvcc, and Triton brings them along.
+# The project's own kernels need CUDA's libdevice and assembler, which XLA looks for in
+# /usr/local/cuda and in NVIDIA's wheels only. They may also lie beside nvcc, and Triton has them.
 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 has_both() { [ -e "$1/nvvm/libdevice/libdevice.10.bc" ] && [ -x "$1/bin/ptxas" ]; }
 find_cuda() {

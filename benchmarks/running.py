@@ -1,7 +1,7 @@
-"""What the benchmarks of the training step share: models, processes of their own, results on disk.
+"""Models, worker processes and result files, which the benchmarks share.
 
-Nothing here imports JAX or torch, so that the process which starts the others holds no memory of
-the device.
+Nothing here imports JAX or torch: the process that starts the workers must not hold memory of the
+device that they measure.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ from tinyllama_jax.runtime.allocator import take_card
 
 T = TypeVar("T")
 
-# A rehearsal (rehearse.py) goes through all that a card would, on a CPU: every model is the tiny
-# one, shapes are those of --quick, and attention is plain JAX. This is where programs learn it.
+# A rehearsal (benchmarks/card/rehearse.py) runs on a CPU everything that a card would run: every
+# model is the tiny one, shapes are those of --quick, and attention is plain JAX. Programs learn
+# from this variable that they are part of one.
 REHEARSED = bool(os.environ.get("TINYLLAMA_REHEARSED"))
 REHEARSAL = "REHEARSED on a CPU with a stand-in for the card: this says NOTHING about any device."
 
@@ -61,20 +62,20 @@ NO_TIME = "no time left"
 NOT_KNOWN = "NOT KNOWN: "
 
 Spec = dict[str, Any]
-"""What a process is told to do, as JSON: `whose` (`tinyllama_jax`, or another system's name),
-`model`, `rows` and `micro_rows` of a step, `precision`, `options`, `steps`, and in `begun` the
-time.time() at which it was started."""
+"""A worker's task, as JSON: `whose` (`tinyllama_jax`, or another system's name), `model`,
+`rows` and `micro_rows` of a step, `precision`, `options`, `steps`, and `begun`, the time.time() at
+which the worker was started."""
 
 
 def is_quick(options: Any) -> bool:
-    """Whether shapes are so small that they time nothing."""
+    """Whether the shapes are so small that their times mean nothing."""
     return options.quick or REHEARSED
 
 
 def spec_of(
     model: str, rows: int, precision: str, steps: int, micro_rows: int | None = None
 ) -> Spec:
-    """What all systems of a benchmark are told alike."""
+    """The part of a spec that is the same for all systems of a benchmark."""
     return {
         "model": dataclasses.asdict(MODELS[model]),
         "rows": rows,
@@ -85,30 +86,35 @@ def spec_of(
 
 
 def in_own_process(
-    script: str, spec: Spec, seconds: float, environment: Mapping[str, str | None] | None = None
+    module: str, spec: Spec, seconds: float, environment: Mapping[str, str | None] | None = None
 ) -> dict[str, Any]:
-    """What the worker of a script found, or `failure`: one line. What it printed before it failed
-    goes to this process's stderr.
+    """Runs the worker of a benchmark in a new process and returns its result.
 
     Args:
-      script: path of a benchmark that ends with `command`.
-      spec: without `begun`.
-      seconds: after which it is killed; it is not begun where there are none.
-      environment: what it has besides this process's own; None: has not.
+      module: name of a benchmark that ends with `command`, such as `benchmarks.step.training`.
+      spec: what the worker is asked to do, without `begun`.
+      seconds: time after which the worker is killed; it is not started if this is not positive.
+      environment: variables that the worker has besides those of this process; None removes one.
+
+    Returns:
+      The worker's result, or `failure` with the reason in one line. What a failed worker printed
+      goes to this process's stderr.
     """
     if seconds <= 0:
         return {"failure": NO_TIME}
     asked = json.dumps(spec | {"begun": time.time()})
-    # JAX would take most of the memory at once, and say nothing of how much it needs; and the last
-    # line of an error would be about what it filters.
+    # JAX would take most of the memory at once, and then not tell how much of it it needs; and the
+    # last line of an error would be about the frames that JAX filters out.
     own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
     changed = os.environ | own | (environment or {})
     given = {name: value for name, value in changed.items() if value is not None}
+    # Modules come from this repository, whatever lies in the folder that the user is in (-P).
+    given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), given.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="worker-") as folder:
-        # Files, not pipes: libraries print what they like to, what they have started may hold a
-        # pipe open, and some bring the process down when all is done.
+        # Files and not pipes: libraries print whatever they like, processes that they started may
+        # hold a pipe open, and some crash the worker after its work is done.
         result, log = Path(folder, "result.json"), Path(folder, "log")
-        command = [sys.executable, script, "--worker", asked, str(result)]
+        command = [sys.executable, "-P", "-m", module, "--worker", asked, str(result)]
         with log.open("wb") as printed:
             try:
                 code = subprocess.run(
@@ -117,7 +123,7 @@ def in_own_process(
             except subprocess.TimeoutExpired:
                 code = None
         said = log.read_text(errors="replace")
-        if result.exists():  # and it is whole
+        if result.exists():  # and then it is complete, since it was renamed into place
             lines = [line for line in said.splitlines() if line.startswith(NOT_KNOWN)]
             print("\n".join(lines), file=sys.stderr, end="\n" * bool(lines))
             return json.loads(result.read_text())
@@ -128,12 +134,12 @@ def in_own_process(
 
 
 def _why(code: int, said: str) -> str:
-    """Why a process left no result, in a line: by its exit code and what it printed."""
+    """The reason why a process left no result, by its exit code and output, in one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if code < 0:
         killed = f"killed by {signal.Signals(-code).name}"
         return f"{killed}: {lines[-1]}"[:160] if lines else killed
-    # Not the last line: XLA adds tables to an error, and libraries say good-bye.
+    # The last line says little: XLA adds tables to an error, and libraries print as they exit.
     errors = [line for line in said.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
     last = (errors or lines or [f"exit code {code} without a result"])[-1]
     if re.search(r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED", last, re.IGNORECASE):
@@ -142,21 +148,22 @@ def _why(code: int, said: str) -> str:
 
 
 def if_known(what: str, tell: Callable[[], T]) -> T | None:
-    """What `tell` says of a program or a device, or None and a line on stderr.
+    """Returns what `tell` returns, or None and a line on stderr if it raises.
 
-    All that describes or foretells goes through here, since it must never cost what was measured:
-    a program from a cache need not tell its memory, nor a device how full it is.
+    Everything that only describes or predicts is called through here, since its failure must not
+    cost a measurement: a program from a cache may not know its memory, a device may not report how
+    full it is.
     """
     try:
         return tell()
-    except Exception as error:  # whatever a library raises where it has nothing to tell
+    except Exception as error:  # libraries raise anything if they have nothing to tell
         reason = f"{type(error).__name__}: {first_line(error)[:200]}"
         print(f"{NOT_KNOWN}{what}: {reason}", file=sys.stderr)
         return None
 
 
 def own_caches(folder: str) -> dict[str, str | None]:
-    """An environment in which programs are kept for those alone who share the folder."""
+    """Variables by which compiled programs are cached in `folder`, and looked for nowhere else."""
     torch = {
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         "TRITON_CACHE_DIR": f"{folder}/triton",
@@ -165,7 +172,7 @@ def own_caches(folder: str) -> dict[str, str | None]:
 
 
 def device_kind() -> str:
-    """By name, without starting a framework in this process, which would hold memory."""
+    """The name of the device, without starting a framework here, which would hold its memory."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, check=True)
@@ -175,26 +182,27 @@ def device_kind() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    """The version of each package that matters for speed, None where it is not installed."""
+    installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def commit() -> str | None:
-    """What COMMIT says, or what is checked out: in full, and with `-dirty` where files differ.
+    """The commit that the variable COMMIT names, or else the one that is checked out.
 
-    A machine that is lent may have the files of one commit and the git folder of another, so that
-    whoever sends them has the word.
+    It is given in full, with `-dirty` if files differ from it. The variable comes first, because a
+    rented machine may have the files of one commit and the git folder of another.
     """
     if named := os.environ.get("COMMIT"):
         return named
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        # Or git would tell of a repository that the files happen to lie in.
+        # Without this, git would describe any repository that the files happen to lie in.
         if (REPOSITORY / ".git").exists():
             shown = subprocess.run([*git, "--dirty"], capture_output=True, text=True, check=True)
             return shown.stdout.strip()
@@ -204,8 +212,10 @@ def commit() -> str | None:
 
 
 def results_path(options: Any, name: str, device: str) -> Path | None:
-    """Where results go, without suffix: `options.out`, else benchmarks/results/DATE-NAME-DEVICE,
-    and nowhere with `options.quick`. What is rehearsed goes to benchmarks/rehearsed/."""
+    """The path for results, without suffix: `options.out`, or benchmarks/results/DATE-NAME-DEVICE.
+
+    It is None with `options.quick` and no `out`. A rehearsal writes to benchmarks/rehearsed/.
+    """
     if options.quick and options.out is None:
         return None
     date = datetime.date.today().isoformat()
@@ -214,17 +224,20 @@ def results_path(options: Any, name: str, device: str) -> Path | None:
 
 
 def suffixed(out: Path, suffix: str) -> Path:
-    """The path with a suffix more, whatever dots are in its name."""
+    """The path with a suffix appended, even if there are dots in its name."""
     return out.with_name(out.name + suffix)
 
 
 def marked(title: str, lines: list[str]) -> tuple[str, list[str]]:
-    """Both with what a reader of a rehearsal must know."""
+    """A title and lines below a table; in a rehearsal, both say that it was one."""
     return (f"REHEARSED: {title}", [REHEARSAL, *lines]) if REHEARSED else (title, lines)
 
 
 def show(title: str, table: list[list[str]], lines: list[str]) -> None:
-    """Prints the table, headings first, and lines below it; headings break after a comma."""
+    """Prints a table, whose first row is the headings, and lines below it.
+
+    Headings are broken into two lines after a comma.
+    """
     title, lines = marked(title, lines)
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     head, *rows = table
@@ -241,15 +254,15 @@ def show(title: str, table: list[list[str]], lines: list[str]) -> None:
 def write_results(
     out: Path, device: str, title: str, legend: list[str], table: list[list[str]], facts: Spec
 ) -> None:
-    """Writes the table to `out`.md, headings first, and all that was found to `out`.json."""
+    """Writes a table, whose first row is the headings, to `out`.md, and `facts` to `out`.json."""
     title, legend = marked(title, legend)
     make_folder(out.parent)
-    told = {"device": device, "versions": versions(), "commit": commit(), "rehearsed": REHEARSED}
-    told |= facts
-    write_aside(suffixed(out, ".json"), json.dumps(told, indent=1) + "\n")
+    result = {"device": device, "versions": versions(), "commit": commit(), "rehearsed": REHEARSED}
+    result |= facts
+    write_aside(suffixed(out, ".json"), json.dumps(result, indent=1) + "\n")
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     head, *rows = table
-    lines = [f"# {title}", "", *legend, f"Commit {told['commit']}, {known}.", ""]
+    lines = [f"# {title}", "", *legend, f"Commit {result['commit']}, {known}.", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [cell.replace("|", "/") for cell in row] + [""] * (len(head) - len(row))
@@ -263,7 +276,14 @@ def command(
     main: Callable[[Any], int],
     worker: Callable[[Spec], Any] | None = None,
 ) -> None:
-    """A benchmark's command line: `main` by its options, or `worker` in a process of its own."""
+    """Runs a benchmark from the command line, or its worker if `in_own_process` started it.
+
+    Args:
+      options: dataclass of the options that `main` takes.
+      description: text of `--help`.
+      main: takes the options and returns the exit code.
+      worker: takes a spec and returns a result that JSON can hold.
+    """
     take_card()  # before anything starts JAX
     if worker and sys.argv[1:2] == ["--worker"]:
         asked, result = sys.argv[2:]

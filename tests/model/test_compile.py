@@ -9,7 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from kernel_resources import KERNELS, OPTIMISED, kernel_calls, resources_of_program
+from benchmarks.kernels.kernel_resources import (
+    KERNELS,
+    OPTIMISED,
+    kernel_calls,
+    resources_of_program,
+)
 from tinyllama_jax.config import TINYLLAMA_1B, ExecutionConfig
 from tinyllama_jax.model.attention import attention
 from tinyllama_jax.model.llama import Block, rope_tables

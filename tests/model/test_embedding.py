@@ -73,7 +73,7 @@ def test_the_kernel_on_a_gpu(D, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_compiles_without_spills_and_nothing_is_scattered(chip, dtype, tmp_path):
     # Here, because it wants Triton's assembler, which the suite does without.
-    from kernel_resources import abstract_on, resources_of_program
+    from benchmarks.kernels.kernel_resources import abstract_on, resources_of_program
 
     def run(table_VD, tokens_BT, dx_BTD):
         return jax.vjp(lambda w: embedding(w, tokens_BT), table_VD)[1](dx_BTD)

@@ -138,7 +138,7 @@ def test_the_kernel_on_a_gpu(V, dtype):
 @pytest.mark.parametrize("chip", ["A100", "H100"])
 @pytest.mark.parametrize("V", [32_000, 128_256])
 def test_the_kernel_compiles_without_spills_and_works_in_place(chip, V, tmp_path):
-    from kernel_resources import abstract_on, resources_of_program
+    from benchmarks.kernels.kernel_resources import abstract_on, resources_of_program
 
     def lower():
         with abstract_on(chip) as abstract:

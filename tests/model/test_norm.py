@@ -95,7 +95,7 @@ def test_the_kernels_on_a_gpu(D, dtype):
 @pytest.mark.parametrize("D", [768, 2048, 4096])
 def test_the_kernels_compile_without_spills(chip, D, tmp_path):
     # Here, because it wants Triton's assembler, which the suite does without.
-    from kernel_resources import abstract_on, resources_of_program
+    from benchmarks.kernels.kernel_resources import abstract_on, resources_of_program
 
     wide, thin = (2, 512, D), (2, 512)
 

@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from kernel_resources import KERNELS, OPTIMISED
+from benchmarks.kernels.kernel_resources import KERNELS, OPTIMISED
 from tinyllama_jax.config import TINYLLAMA_1B, Config, DataConfig, ExecutionConfig
 from tinyllama_jax.performance.breakdown import (
     NAMES,

@@ -7,7 +7,7 @@ import time
 import jax
 import pytest
 
-from kernel_resources import KERNELS, OPTIMISED, kernel_calls
+from benchmarks.kernels.kernel_resources import KERNELS, OPTIMISED, kernel_calls
 from support.paths import ROOT
 from tinyllama_jax.config_file import load_config
 from tinyllama_jax.performance.program import Program, read_program
@@ -182,7 +182,7 @@ def test_traffic_beside_products_and_attention_is_low(config, program):
 @pytest.fixture(scope="module")
 def alone(config):
     """(config, compiled step) of one H100: four micro-batches of 16 rows, as
-    benchmarks/training.py has them."""
+    benchmarks/step/training.py has them."""
     execution = dataclasses.replace(config.execution, attention="pallas")
     one = dataclasses.replace(config, batch_rows=64, micro_batches=4, execution=execution)
     mesh = make_mesh(devices=absent_devices(H100))

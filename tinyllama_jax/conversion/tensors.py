@@ -143,7 +143,7 @@ def unread_weights(config: LlamaConfig, read: Callable[[str, Any], np.ndarray]) 
 
 
 def unread_layers(weights: Weights) -> Weights:
-    """Brings `Unread` weights into the form of `decoding.for_decoding`, mostly without reading them.
+    """Brings `Unread` weights into the form of `for_decoding`, mostly without reading them.
 
     Only the gains of norms are read, which are small. Their products with the matrices after them
     are computed when those are read.

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels; `benchmarks/attention.py --tune` rewrites their table."""
+"""Tile sizes of the attention kernels; `benchmarks.kernels.attention --tune` rewrites them."""
 
 import dataclasses
 import math

@@ -55,12 +55,12 @@ SPEEDS = {
     ),
 }
 
-# The share of a card's bandwidth that elementwise work reaches. On an H100 a large copy and most of a
-# step's memory-bound kernels reached it (LOG.md, 2026-11-27); for the A100 it is assumed.
+# The share of a card's bandwidth that elementwise work reaches. On an H100 a large copy and most
+# memory-bound kernels of a step reached it (LOG.md, 2026-11-27); for the A100 it is assumed.
 BANDWIDTH_SHARE = 0.9
 # Bytes of memory traffic beside matrix products and attention, for each byte that recompute
-# `elementwise` keeps. It was counted in the compiled step of the 1.1B model: 4.8 MB a token, of which
-# 0.88 MB are kept.
+# `elementwise` keeps. It was counted in the compiled step of the 1.1B model: 4.8 MB a token for
+# 0.88 MB that are kept.
 TRAFFIC_OF_KEPT_BYTE = 5.45
 # Bytes that AdamW moves for each parameter. It reads the weight, the gradient and two moments and
 # writes all but the gradient (28), reads the gradient once more for the global norm (4), and the

@@ -1,0 +1,1 @@
+"""The attention kernels beside other libraries', their tiles, and the limits of the hardware."""
