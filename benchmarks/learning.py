@@ -87,7 +87,7 @@ def library_rows(config: LlamaConfig, tokenizer: Path) -> np.ndarray:
     """The training split of both embedded sources as rows (N, S); trains the tokenizer first."""
     from tinyllama_jax.data.format import RECORD
     from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
-    from tinyllama_jax.preparation.documents import standard_library
+    from tinyllama_jax.preparation.library import standard_library
     from tinyllama_jax.preparation.packing import Packer, pack
 
     texts = [doc.text for splits in standard_library().values() for doc in splits["train"]]

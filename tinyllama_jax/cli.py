@@ -158,7 +158,7 @@ def tokenizer(
       out: Where the model goes.
     """
     from tinyllama_jax.data.tokenizer import train_tokenizer
-    from tinyllama_jax.preparation.documents import standard_library
+    from tinyllama_jax.preparation.library import standard_library
 
     texts = []
     for file in files:
@@ -210,7 +210,7 @@ def prepare(
       held_out: Share of documents for validation where a corpus has none; 0.005 by default.
       worker: i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a
         call that finds no group missing joins them.
-      processes: Processes on this machine; by default one a core.
+      processes: Processes on this machine; by default one a core, and one for `stdlib`.
       on_error: Bad input stops, or is left out and counted in the manifest.
       best_fit: Tokens of a row, the model's context: documents that fit one are never cut, and
         what is left of a row is padded. By default documents are concatenated.
@@ -226,11 +226,23 @@ def prepare(
 
     if dataset == "stdlib":
         require(
-            not (source or field or drop or dtype or worker or processes or on_error == "skip")
-            and not (held_out is not None or best_fit or runner or beam_options),
-            "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
+            not (source or field or drop or dtype or worker or on_error == "skip")
+            and not (held_out is not None or runner or beam_options),
+            "`prepare stdlib` takes --tokenizer, --out, --processes and --best-fit: leave the rest "
+            "out.",
         )
-        for name, folder in prepare_standard_library(tokenizer, out).items():
+        try:
+            with sigterm_as_interrupt():
+                folders = prepare_standard_library(
+                    tokenizer,
+                    out,
+                    processes=1 if processes is None else processes,
+                    best_fit=best_fit,
+                )
+        except KeyboardInterrupt:
+            print("Stopped; the same command goes on.", file=sys.stderr)
+            return ExitCode.SAVED
+        for name, folder in folders.items():
             print(f"{folder}: {name}, {summary(read_manifest(folder))}")
         return ExitCode.DONE
     require(source is not None, f"Give the folder that holds {dataset} as --source.")

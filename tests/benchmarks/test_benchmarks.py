@@ -444,7 +444,7 @@ def test_rows_of_the_library_and_batches_of_them(scripts, data, tmp_path, monkey
     learning, tiny = scripts("learning"), scripts("running").TINY
     documents = [Document("a", "the cat sat on the mat\n" * 2000), Document("b", "a dog\n" * 3000)]
     library = {"prose": {"train": documents[:1]}, "code": {"train": documents[1:]}}
-    monkeypatch.setattr("tinyllama_jax.preparation.documents.standard_library", lambda: library)
+    monkeypatch.setattr("tinyllama_jax.preparation.library.standard_library", lambda: library)
     config = dataclasses.replace(tiny, vocab_size=280)
     rows_NS = learning.library_rows(config, tmp_path / "tokenizer.model")
     assert rows_NS.shape[1] == config.context + 1 and len(rows_NS) % 128 == 0

@@ -311,7 +311,7 @@ def test_a_run_of_other_data_is_refused(config, mesh, tmp_path):
     manifest = Path(source.path) / "manifest.json"
     text = manifest.read_text()
     try:
-        manifest.write_text(text.replace("CPython", "OtherPython"))
+        manifest.write_text(text.replace('"field": "text"', '"field": "body"'))
         with pytest.raises(UserError, match="trained on other data"):
             loop.run(config, mesh)
     finally:

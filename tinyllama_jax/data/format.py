@@ -42,16 +42,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         sizes = {shard["file"]: shard["bytes"] for shard in shards}
+        # What those who read a dataset, and not only its shards, rely on.
         manifest["tokenizer"]["sha256"]
+        for split in manifest["splits"].values():
+            split["padding_tokens"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{folder / MANIFEST} is damaged: remove {folder} and prepare it again."
+            f"{folder / MANIFEST} is damaged or of an older version: remove {folder} and prepare "
+            "it again."
         ) from None
     for file, size in sizes.items():
-        found = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        on_disk = (folder / file).stat().st_size if (folder / file).is_file() else 0
         require(
-            found == size,
-            f"{folder / file} holds {found:,} bytes where the manifest says {size:,}: "
+            on_disk == size,
+            f"{folder / file} holds {on_disk:,} bytes where the manifest says {size:,}: "
             f"remove {folder} and prepare it again.",
         )
     return manifest

@@ -108,5 +108,4 @@ class Rows:
 def fill_rate(manifest: dict[str, Any], split: str) -> Fraction:
     """Share of a split's targets that are no padding."""
     facts = manifest["splits"][split]
-    # Only packing by best fit pads, and says how much.
-    return 1 - Fraction(facts.get("padding_tokens", 0), facts["records"] * RECORD)
+    return 1 - Fraction(facts["padding_tokens"], facts["records"] * RECORD)

@@ -41,6 +41,8 @@ from tinyllama_jax.preparation.token_files import TOKEN_FACTS, open_splits
 from tinyllama_jax.preparation.workers import run_groups
 
 PLAN, LOCK = "plan.json", ".lock"  # of a folder that is not complete
+AS_FOUND = "as found"
+"""What the manifest says of bos and eos where the input is token ids, which keep theirs."""
 
 
 def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, Any], list[Group]]:
@@ -76,8 +78,8 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
         ),
         "group_bytes": group_bytes,
         "tokenizer": {"sha256": file_sha256(preparation.tokenizer), "pieces": vocab_size},
-        "bos": False if is_text else "as found",
-        "eos": True if is_text else "as found",
+        "bos": False if is_text else AS_FOUND,
+        "eos": True if is_text else AS_FOUND,
         "record_tokens": RECORD + 1,
         "dtype": token_dtype(vocab_size).__name__,
         "versions": {
@@ -382,16 +384,16 @@ def summary(manifest: dict[str, Any]) -> str:
     parts = []
     for split, facts in manifest["splits"].items():
         parts.append(f"{split} {facts['tokens']:,} tokens")
-        if facts.get("padding_tokens"):
+        if facts["padding_tokens"]:
             parts[-1] += f" ({1 - facts['fill_rate']:.2%} padding)"
-    if "eos_tokens" in manifest:
+    if manifest["eos"] == AS_FOUND:
         parts.append(f"{manifest['bos_tokens']:,} bos and {manifest['eos_tokens']:,} eos found")
-    if manifest.get("tokens_without_text"):
-        parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
-    skipped = manifest.get("skipped", {"dropped": {}, "bad": []})
+        if manifest["tokens_without_text"]:
+            parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
+    skipped = manifest["skipped"]
     parts += [f"{count:,} documents dropped: {why}" for why, count in skipped["dropped"].items()]
     if skipped["bad"]:
         parts.append(f"BAD INPUT in {len(skipped['bad'])} places, see skipped in {MANIFEST}")
-    if unknown := manifest.get("source", {}).get("files_of_unknown_kind"):
+    if unknown := manifest["source"]["files_of_unknown_kind"]:
         parts.append(f"{sum(unknown.values()):,} files of unknown kinds not read")
     return ", ".join(parts)
