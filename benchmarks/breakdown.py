@@ -22,7 +22,7 @@ import running
 from tinyllama_jax.config import AttentionBackend
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.errors import require
-from tinyllama_jax.files import aside_name
+from tinyllama_jax.files import written_aside
 from tinyllama_jax.performance.breakdown import Breakdown
 from tinyllama_jax.performance.breakdown_table import COLUMNS, cells, draw, legend, render, title
 from tinyllama_jax.performance.trace import Profiler
@@ -104,8 +104,8 @@ def keep(found: Breakdown, model: str, spec: running.Spec, out: Path) -> None:
     picture = running.suffixed(out, ".png")
 
     def picture_it() -> None:
-        draw(found, aside_name(picture))
-        aside_name(picture).rename(picture)
+        with written_aside(picture) as aside:
+            draw(found, aside)
 
     running.if_known("the picture", picture_it)
 

@@ -27,7 +27,7 @@ from rich.console import Console
 import running
 from tinyllama_jax.config import LlamaConfig, OptimizerConfig
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import aside_name, make_folder
+from tinyllama_jax.files import make_folder, written_aside
 from tinyllama_jax.performance.flops import PEAK_FLOPS, flops_per_token
 
 SEEDS = (0, 1)
@@ -228,9 +228,8 @@ def draw(losses: Losses, title: str, path: Path) -> None:
     above.legend()
     below.legend()
     make_folder(path.parent)
-    aside = aside_name(path)
-    figure.savefig(aside, format="png", dpi=120)
-    aside.rename(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tinyllama_jax.conversion.tensors import leaves, stream, tensors, unread_ten
 from tinyllama_jax.conversion.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import make_folder
+from tinyllama_jax.files import folder_written_aside
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import named_leaves
@@ -148,34 +147,19 @@ def export(
             "model_max_length": config.context,
         },
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with folder_written_aside(folder) as aside:
         shapes = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
         parts = stream(weights, config, dtype)
-        safetensors_files.write(partial, shapes, dtype, max_shard_bytes, parts)
-        shutil.copyfile(tokenizer, partial / TOKENIZER)
+        safetensors_files.write(aside, shapes, dtype, max_shard_bytes, parts)
+        shutil.copyfile(tokenizer, aside / TOKENIZER)
         for name, values in jsons.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (partial / name).write_text(text, encoding="utf-8")
-        hashes = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-        (partial / HASHES).write_text(json.dumps(hashes, indent=1))
+            (aside / name).write_text(text, encoding="utf-8")
+        hashes = {path.name: file_sha256(path) for path in sorted(aside.iterdir())}
+        (aside / HASHES).write_text(json.dumps(hashes, indent=1))
         # Not hashed: its readers may have more to say.
         card = model_card.render(folder.name, config, dtype, facts)
-        (partial / CARD).write_text(card, encoding="utf-8")
-        replace(partial, folder)
-    except OSError as error:
-        raise unwritten(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def unwritten(path: Path, error: OSError) -> UserError:
-    """The sentence for an export that the disk did not take."""
-    return UserError(
-        f"{path} cannot be written ({error.strerror or error}): make room, or give another path."
-    )
+        (aside / CARD).write_text(card, encoding="utf-8")
 
 
 def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:
@@ -212,16 +196,6 @@ def require_replaceable(folder: Path) -> None:
     require(not foreign, f"{folder} holds {', '.join(foreign)}, which no export wrote: {cure}")
     architectures = read_json(folder / "config.json").get("architectures")
     require(architectures == ["LlamaForCausalLM"], f"{folder} holds another model: {cure}")
-
-
-def replace(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; what stood there is deleted once the new one is in place."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from tinyllama_jax.data.format import MANIFEST, RECORD, read_manifest, token_dtype
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import make_folder
+from tinyllama_jax.files import make_folder, remove_leftovers, write_aside
 from tinyllama_jax.preparation.groups import (
     GROUP_BYTES,
     PACKER_FACTS,
@@ -30,13 +30,7 @@ from tinyllama_jax.preparation.groups import (
     make_packer,
 )
 from tinyllama_jax.preparation.readers import CORPORA, Corpus, OnError, RawDtype, list_files
-from tinyllama_jax.preparation.shards import (
-    remove_leftovers,
-    shard_name,
-    token_features,
-    write_tfds_metadata,
-    write_whole,
-)
+from tinyllama_jax.preparation.shards import shard_name, token_features, write_tfds_metadata
 from tinyllama_jax.preparation.token_files import TOKEN_FACTS, open_splits
 from tinyllama_jax.preparation.workers import run_groups
 
@@ -102,7 +96,7 @@ def begin(preparation: Preparation, plan: dict[str, Any]) -> None:
     remove_leftovers(folder / "groups")
     text = json.dumps(plan, indent=2) + "\n"
     if not (folder / PLAN).is_file():
-        write_whole(folder / PLAN, text)
+        write_aside(folder / PLAN, text, sync=True)
     require(
         (folder / PLAN).read_text() == text,
         f"{folder} was begun with other files, options, tokenizer or versions: remove it, or give "
@@ -140,7 +134,7 @@ def join_groups(
             return open_finished(plan, out)
         # Written first: from here on no group is missing, though its shards move.
         manifest = _manifest(preparation, plan, groups)
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_aside(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", sync=True)
         for split, facts in manifest["splits"].items():
             for shard in facts["shards"]:
                 waiting = preparation.shard(groups[shard["group"]], split)

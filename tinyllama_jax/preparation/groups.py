@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.preparation.packing import BestFitPacker, Packer
 from tinyllama_jax.preparation.readers import (
     Corpus,
@@ -25,7 +26,7 @@ from tinyllama_jax.preparation.readers import (
     read_documents,
     record_bytes,
 )
-from tinyllama_jax.preparation.shards import ShardWriter, token_features, write_whole
+from tinyllama_jax.preparation.shards import ShardWriter, token_features
 from tinyllama_jax.preparation.token_files import read_token_documents
 
 GROUP_BYTES = 2**28
@@ -182,7 +183,7 @@ def write_group(
         "dropped": dict(sorted(tally.dropped.items())),
         "bad": list(tally.bad.values()),
     }
-    write_whole(preparation.sidecar(group), json.dumps(found) + "\n")
+    write_aside(preparation.sidecar(group), json.dumps(found) + "\n", sync=True)
     return found
 
 

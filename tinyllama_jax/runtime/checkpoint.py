@@ -366,7 +366,8 @@ class Checkpoints:
         if not processes.is_first():
             return
         folder = self.folder / str(step)
-        write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
+        # Synced: an empty file of hashes would condemn a checkpoint that is whole.
+        write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1), sync=True)
 
     def run_values(self, step: int) -> dict[str, Any]:
         # As Orbax wrote them, but without its manager, whose restore waits for the other processes.

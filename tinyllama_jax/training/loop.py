@@ -375,8 +375,7 @@ def _describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict | None)
     write_aside(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     # Each time: the one there may be of an earlier run that was stopped before any checkpoint.
-    shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
-    (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
+    write_aside(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
 
 
 class _Clock:
