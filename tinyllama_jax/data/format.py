@@ -11,7 +11,7 @@ from tinyllama_jax.errors import UserError, require
 
 MANIFEST = "manifest.json"
 RECORD = 8192
-"""Targets of a record. A record holds one token more, and serves every context dividing this."""
+"""Targets of a record, which holds one token more; it serves every context that divides this."""
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -20,7 +20,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def is_padding(tokens_BS: np.ndarray) -> np.ndarray:
-    """Which tokens are an eos after an eos, (..., S); the first of a row never is."""
+    """Marks padding, an eos after an eos, in bool (..., S); the first token of a row never is."""
     ends_BS = tokens_BS == EOS
     padding_BS = np.zeros_like(ends_BS)
     padding_BS[..., 1:] = ends_BS[..., 1:] & ends_BS[..., :-1]

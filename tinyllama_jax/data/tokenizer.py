@@ -99,7 +99,7 @@ class ByteCounter:
                 self.prefixed_V[index] = piece.startswith(SPACE)
 
     def __call__(self, rows_BS: np.ndarray) -> int:
-        """Bytes behind the targets `rows_BS[:, 1:]`."""
+        """Bytes of the text that the targets `rows_BS[:, 1:]` stand for."""
         targets_BT = rows_BS[:, 1:]
         # Sentencepiece puts a space before each document that its author did not write.
         invented_BT = (rows_BS[:, :-1] == EOS) & self.prefixed_V[targets_BT]

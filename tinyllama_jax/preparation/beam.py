@@ -1,4 +1,4 @@
-"""Groups of a corpus by Apache Beam: on a cluster that runs its pipelines, or on this machine.
+"""Groups of a corpus written by Apache Beam: on a cluster that runs its pipelines, or one machine.
 
 Workers see the source, the tokenizer and the dataset's folder under the same paths as the caller,
 and have this package. They write shards and sidecars; the caller joins them.

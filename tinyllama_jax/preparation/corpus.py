@@ -1,4 +1,4 @@
-"""A corpus on disk to one dataset, with the same bytes from any number of processes and machines.
+"""How a corpus on disk becomes a dataset: the same bytes from any number of processes and machines.
 
 Groups of input files are done in any order, by anyone who sees the folder; an interrupted
 preparation goes on with those that are missing. When all are done, the shards get the names that
@@ -189,12 +189,12 @@ def _manifest(
     corpus_splits = dict.fromkeys([group.split for group in groups])
     for split in (*corpus_splits, *(("validation",) if preparation.corpus.held_out_share else ())):
         shards = [
-            (index, found["shards"][split])
-            for index, found in enumerate(sidecars)
-            if split in found["shards"]
+            (index, sidecar["shards"][split])
+            for index, sidecar in enumerate(sidecars)
+            if split in sidecar["shards"]
         ]
         counts = {
-            fact: sum(found[fact].get(split, 0) for found in sidecars) for fact in PACKER_FACTS
+            fact: sum(sidecar[fact].get(split, 0) for sidecar in sidecars) for fact in PACKER_FACTS
         }
         require(
             bool(shards),
@@ -221,16 +221,16 @@ def _manifest(
                 for index, (group, shard) in enumerate(shards)
             ],
         }
-    for found in sidecars:
-        for rule, count in found["dropped"].items():
+    for sidecar in sidecars:
+        for rule, count in sidecar["dropped"].items():
             dropped[rule] = dropped.get(rule, 0) + count
-    skipped = {"dropped": dropped, "bad": [facts for found in sidecars for facts in found["bad"]]}
+    bad = [facts for sidecar in sidecars for facts in sidecar["bad"]]
     read = {
-        fact: sum(found[fact] for found in sidecars)
+        fact: sum(sidecar[fact] for sidecar in sidecars)
         for fact in ("text_bytes", *TOKEN_FACTS)
-        if all(fact in found for found in sidecars)
+        if all(fact in sidecar for sidecar in sidecars)
     }
-    return plan | read | {"skipped": skipped, "splits": splits}
+    return plan | read | {"skipped": {"dropped": dropped, "bad": bad}, "splits": splits}
 
 
 def prepare_corpus(
@@ -251,18 +251,18 @@ def prepare_corpus(
     """Prepares a corpus as the dataset `out`, or goes on with it, or leaves it alone if complete.
 
     Args:
-      name: of the dataset, for TFDS.
-      corpus: its layout.
-      source: its folder.
+      name: the name that TFDS gives the dataset.
+      corpus: the layout of the corpus.
+      source: the folder of the corpus.
       tokenizer: path of a sentencepiece model.
       out: folder to make. Until it is complete, all is in `out.partial` beside it.
       worker: (i, n): of n workers, this one does the groups whose index mod n is i.
-      processes: of this worker; as many as it may use cores by default.
+      processes: how many this worker starts; by default one for each core that it may use.
       on_error: what to do with bad input, see `Tally`.
       best_fit: tokens of the rows into which documents are packed whole, with padding; by default
         they are concatenated.
-      runner: of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
-      beam_options: of its pipeline.
+      runner: a runner of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
+      beam_options: options of Beam's pipeline.
       group_bytes: see `make_groups`.
 
     Returns:
@@ -332,11 +332,11 @@ def open_corpus(
     """A row of `CORPORA`, with what the user gives of it.
 
     Args:
-      name: of the row.
-      field: of the text, if given.
+      name: the key of the row.
+      field: the field that holds the text, if given.
       drop: "FIELD=VALUE" of rows to leave out.
-      dtype: of files without a header, if given.
-      held_out: share of the documents for validation, if given.
+      dtype: the dtype of token ids in files without a header, if given.
+      held_out: the share of the documents for validation, if given.
 
     Raises:
       UserError: fields for a corpus that has none or its own, a dtype for text, a share for a

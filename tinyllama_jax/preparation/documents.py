@@ -41,7 +41,7 @@ def prepare_documents(
     """Prepares documents as the dataset `out`, by way of a folder with a .jsonl file per split.
 
     Args:
-      name: of the dataset, for TFDS.
+      name: the name that TFDS gives the dataset.
       splits: the documents of each split, in order.
       tokenizer: path of a sentencepiece model.
       out: folder to make. One that holds the dataset of these very documents is left alone.

@@ -109,8 +109,8 @@ def held_out(name: str) -> bool:
 
 def read_documents(library: Path) -> Iterator[tuple[str, Document]]:
     """Returns (source, document) of everything readable in the folder, sorted by name."""
-    found = list(_documents(library))
-    for source, document in sorted(found, key=lambda pair: (pair[1].name, pair[0])):
+    pairs = sorted(_documents(library), key=lambda pair: (pair[1].name, pair[0]))
+    for source, document in pairs:
         if len(document.text) >= SHORTEST_DOCUMENT:
             yield source, document
 
@@ -162,8 +162,8 @@ def _texts(path: Path) -> dict[str, str]:
 
 def definitions(tree: ast.Module) -> list[Definition]:
     """Returns all that can have a docstring, the module included, in the order of its lines."""
-    found = [node for node in ast.walk(tree) if isinstance(node, Definition)]
-    return sorted(found, key=lambda node: getattr(node, "lineno", 0))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, Definition)]
+    return sorted(nodes, key=lambda node: getattr(node, "lineno", 0))
 
 
 def docstrings(nodes: list[Definition]) -> str:

@@ -63,9 +63,9 @@ class ShardWriter:
                 f"{self.path} was also written by another worker, who joined all meanwhile: the "
                 "same command ends at once."
             )
-        found = record_count(self.aside)
-        if found != self.records:
-            raise unwritten(self.path, f"{found} of {self.records} records arrived")
+        arrived = record_count(self.aside)
+        if arrived != self.records:
+            raise unwritten(self.path, f"{arrived} of {self.records} records arrived")
         facts = {
             "file": self.path.name,
             "records": self.records,
