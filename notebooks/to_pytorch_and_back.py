@@ -38,8 +38,8 @@ from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tinyllama_jax.inference.generate import generate
 from tinyllama_jax.model import decoding, llama
-from tinyllama_jax.preparation.documents import standard_library
-from tinyllama_jax.preparation.library import write_dataset
+from tinyllama_jax.preparation.documents import prepare_documents
+from tinyllama_jax.preparation.library import standard_library
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training.step import init_state, make_step
 
@@ -64,7 +64,7 @@ temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name)
 prose = standard_library()["prose"]
 train_tokenizer([document.text for document in prose["train"]], 1024, folder / "tokenizer.model")
-write_dataset("prose", prose, folder / "tokenizer.model", folder / "prose")
+prepare_documents("prose", prose, folder / "tokenizer.model", folder / "prose")
 
 model = LlamaConfig(
     vocab_size=1024, layers=2, width=96, query_heads=4, kv_heads=2, head_width=24,

@@ -34,8 +34,8 @@ from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.data.tokenizer import EOS, load_tokenizer, train_tokenizer
 from tinyllama_jax.evaluation.held_out import evaluate, make_score, unigram_entropy
 from tinyllama_jax.inference.generate import Sampler, generate
-from tinyllama_jax.preparation.documents import standard_library
-from tinyllama_jax.preparation.library import write_dataset
+from tinyllama_jax.preparation.documents import prepare_documents
+from tinyllama_jax.preparation.library import standard_library
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training.step import compute_dtype, init_state, make_step
 
@@ -57,7 +57,7 @@ prose = standard_library()["prose"]
 
 train_tokenizer([document.text for document in prose["train"]], 1024, folder / "tokenizer.model")
 tokenizer = load_tokenizer(folder / "tokenizer.model")
-manifest = write_dataset("prose", prose, folder / "tokenizer.model", folder / "prose")
+manifest = prepare_documents("prose", prose, folder / "tokenizer.model", folder / "prose")
 
 for split, facts in manifest["splits"].items():
     print(f"{split:10}  {facts['documents']:3} documents  {facts['tokens']:7,} tokens")

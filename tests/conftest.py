@@ -50,7 +50,7 @@ from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.model import llama
 from tinyllama_jax.preparation.corpus import prepare_corpus
-from tinyllama_jax.preparation.library import write_dataset
+from tinyllama_jax.preparation.documents import prepare_documents
 from tinyllama_jax.runtime import run_folder
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
@@ -64,7 +64,7 @@ def data(tmp_path_factory) -> DataConfig:
     train_tokenizer([(GOLDEN / "text.txt").read_text()], VOCAB, folder / "tokenizer.model")
     for source in ("prose", "code"):
         splits = {split: golden_documents(source, split) for split in ("train", "validation")}
-        write_dataset(source, splits, folder / "tokenizer.model", folder / source)
+        prepare_documents(source, splits, folder / "tokenizer.model", folder / source)
     return DataConfig(
         sources=(
             SourceConfig("prose", str(folder / "prose"), 0.7),

@@ -38,7 +38,7 @@ def write_dataset(folder: Path, stream: np.ndarray, shards: int, records: int) -
         starts = rng.integers(0, len(stream) - RECORD, count)
         writer.write(stream[start : start + RECORD + 1] for start in starts)
         written.append(writer.finish())
-    splits = {"train": {"records": records, "shards": written}}
+    splits = {"train": {"records": records, "padding_tokens": 0, "shards": written}}
     write_tfds_metadata(folder, "tokens", features, splits)
     facts = {"tokenizer": {"sha256": "", "pieces": VOCAB}, "splits": splits}
     (folder / MANIFEST).write_text(json.dumps(facts))

@@ -23,7 +23,7 @@ from benchmarks.step.training import OPTIMIZER, ROWS, SCHEDULED, WARMUP, token_b
 from tinyllama_jax.config import AttentionBackend
 from tinyllama_jax.data.boundaries import loss_weights
 from tinyllama_jax.errors import require
-from tinyllama_jax.files import aside_name
+from tinyllama_jax.files import written_aside
 from tinyllama_jax.performance.breakdown import Breakdown
 from tinyllama_jax.performance.breakdown_table import COLUMNS, cells, draw, legend, render, title
 from tinyllama_jax.performance.trace import Profiler
@@ -105,8 +105,8 @@ def write(breakdown: Breakdown, model: str, spec: running.Spec, out: Path) -> No
     picture = running.suffixed(out, ".png")
 
     def write_picture() -> None:
-        draw(breakdown, aside_name(picture))
-        aside_name(picture).rename(picture)
+        with written_aside(picture) as aside:
+            draw(breakdown, aside)
 
     running.if_known("the picture", write_picture)
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks import running
 from tinyllama_jax.config import LlamaConfig, OptimizerConfig
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import aside_name, make_folder
+from tinyllama_jax.files import make_folder, written_aside
 from tinyllama_jax.performance.flops import PEAK_FLOPS, flops_per_token
 
 SEEDS = (0, 1)
@@ -88,7 +88,7 @@ def library_rows(config: LlamaConfig, tokenizer: Path) -> np.ndarray:
     """Trains a tokenizer, and returns the training split of the standard library as rows (N, S)."""
     from tinyllama_jax.data.format import RECORD
     from tinyllama_jax.data.tokenizer import load_tokenizer, train_tokenizer
-    from tinyllama_jax.preparation.documents import standard_library
+    from tinyllama_jax.preparation.library import standard_library
     from tinyllama_jax.preparation.packing import Packer, pack
 
     texts = [doc.text for splits in standard_library().values() for doc in splits["train"]]
@@ -235,9 +235,8 @@ def draw(losses: Losses, title: str, path: Path) -> None:
     above.legend()
     below.legend()
     make_folder(path.parent)
-    aside = aside_name(path)
-    figure.savefig(aside, format="png", dpi=120)
-    aside.rename(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from support.models import SMALL
 from tinyllama_jax.config import DataConfig, SourceConfig, StageConfig
-from tinyllama_jax.data import mixture as mixture_module
+from tinyllama_jax.data import rows as rows_module
 from tinyllama_jax.data.format import MANIFEST
 from tinyllama_jax.data.mixture import (
     Mixture,
@@ -381,7 +381,7 @@ def many_shards(data, tmp_path):
         writer = ShardWriter(tmp_path / name, features)
         writer.write([record["tokens"]])
         shards.append(writer.finish())
-    splits = {"train": {"records": len(records), "shards": shards}}
+    splits = {"train": {"records": len(records), "padding_tokens": 0, "shards": shards}}
     write_tfds_metadata(tmp_path, "prose", features, splits)
     manifest = {"splits": splits, "tokenizer": {"sha256": ""}}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
@@ -407,7 +407,7 @@ def test_rows_are_what_tfds_reads_in_any_order_and_repeated(many_shards):
 
 def test_no_more_than_so_many_shards_are_open_at_once(many_shards, monkeypatch):
     folder, records = many_shards
-    monkeypatch.setattr(mixture_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(rows_module, "OPEN_SHARDS", 2)
     rows = Rows(folder, "train", 8192, SMALL.vocab_size)
 
     def open_files():

@@ -1,223 +1,123 @@
-"""The embedded corpus: what is in it, and that nothing held out was trained on."""
+"""Documents in memory become datasets, and what two of them share is found and cut."""
 
-import ast
-import os
+import dataclasses
 import random
-import subprocess
-import sys
-import sysconfig
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+from support.corpora import golden_documents
+from tinyllama_jax.data.format import read_manifest
+from tinyllama_jax.data.rows import Rows
+from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.preparation import documents
+from tinyllama_jax.preparation import corpus, workers
 from tinyllama_jax.preparation.documents import (
     PASSAGE,
     SHORTEST_PIECE,
-    SOURCES,
-    SPLITS,
     Document,
-    corpus_hash,
-    definitions,
-    held_out,
     passages,
-    read_documents,
-    standard_library,
-    without_docstrings,
+    prepare_documents,
     without_passages,
 )
+from tinyllama_jax.preparation.packing import Packer, pack
+from tinyllama_jax.preparation.verify import verify_dataset
 
 
-@pytest.fixture(scope="module")
-def library():
-    return standard_library()
+@pytest.fixture
+def splits():
+    return {split: golden_documents("prose", split) for split in ("train", "validation")}
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """The documents before the split and the cut."""
-    return list(read_documents(Path(sysconfig.get_path("stdlib"))))
+def test_the_records_are_the_documents_in_order(data, splits, tmp_path):
+    manifest = prepare_documents("prose", splits, data.tokenizer, tmp_path / "d")
+    tokenizer = load_tokenizer(data.tokenizer)
+    for split, documents in splits.items():
+        wanted = list(pack([tokenizer.encode(d.text) for d in documents], Packer(400)))
+        source = tfds.builder_from_directory(tmp_path / "d").as_data_source(split=split)
+        assert len(source) == len(wanted) == manifest["splits"][split]["records"]
+        for record, found in zip(wanted, source, strict=True):
+            np.testing.assert_array_equal(found["tokens"], record)
 
 
-def all_documents(library):
-    return [
-        document for source in SOURCES for split in SPLITS for document in library[source][split]
+def test_the_manifest_tells_the_truth(data, splits, tmp_path):
+    prepare_documents("prose", splits, data.tokenizer, tmp_path / "d")
+    manifest = read_manifest(tmp_path / "d")
+    assert manifest["tokenizer"] == {"sha256": file_sha256(data.tokenizer), "pieces": 400}
+    assert (manifest["bos"], manifest["eos"]) == (False, True)
+    tokenizer = load_tokenizer(data.tokenizer)
+    for split, facts in manifest["splits"].items():
+        total = sum(len(tokenizer.encode(d.text)) + 1 for d in splits[split])
+        assert facts["tokens"] + facts["dropped_tokens"] == total
+        assert facts["documents"] == len(splits[split])
+        for shard in facts["shards"]:
+            assert file_sha256(tmp_path / "d" / shard["file"]) == shard["sha256"]
+    texts = [document.text for documents in splits.values() for document in documents]
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert verify_dataset(tmp_path / "d") == []
+
+
+def test_preparing_twice_gives_the_same_bytes_and_leaves_the_first_alone(data, splits, tmp_path):
+    for name, processes in (("a", 1), ("b", 2)):
+        prepare_documents("prose", splits, data.tokenizer, tmp_path / name, processes=processes)
+    hashes = [
+        {path.name: file_sha256(path) for path in (tmp_path / name).iterdir()} for name in "ab"
     ]
+    assert hashes[0] == hashes[1]
+    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    prepare_documents("prose", splits, data.tokenizer, tmp_path / "a")
+    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
 
 
-def of_split(library, split):
-    return [document for source in SOURCES for document in library[source][split]]
+def test_an_interrupted_preparation_goes_on_with_what_is_there(data, splits, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def write_group(*_):
+        pytest.fail("the groups had been written")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus, "join_groups", interrupt)
+        prepare_documents("prose", splits, data.tokenizer, tmp_path / "d")
+    monkeypatch.setattr(workers, "write_group", write_group)
+    prepare_documents("prose", splits, data.tokenizer, tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-def test_code_compiles_and_has_no_docstrings(whole):
-    code = [document for source, document in whole if source == "code"]
-    assert len(code) > 300
-    for document in code:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(document.text)
-            compile(document.text, document.name, "exec", dont_inherit=True)
-        left = [node for node in definitions(tree) if ast.get_docstring(node) is not None]
-        assert not left, document.name
+def test_another_text_of_the_same_length_does_not_pass_for_the_dataset(data, splits, tmp_path):
+    prepare_documents("prose", splits, data.tokenizer, tmp_path / "d")
+    first, *others = splits["train"]
+    other = dataclasses.replace(first, text=first.text.swapcase())
+    with pytest.raises(UserError, match="made from other files, options or tokenizer"):
+        prepare_documents(
+            "prose", splits | {"train": [other, *others]}, data.tokenizer, tmp_path / "d"
+        )
 
 
-@pytest.mark.parametrize(
-    "code, left",
-    [
-        ('"""Doc."""\n\nx = "kept"\n', 'x = "kept"\n'),
-        ('"""Doc."""  # noted\nx = 1\n', "x = 1\n"),
-        ('"Doc."\n"More."\nx = 1', "x = 1"),
-        ('"""Doc."""', ""),
-        ('"Doc."; "More."\nx = 1\n', "pass; pass\nx = 1\n"),
-        ('def f():\n    """Doc\n    two."""\n\n    return 1\n', "def f():\n    return 1\n"),
-        ('def f(): "Doc."; return 1\n', "def f(): pass; return 1\n"),
-        ('def f():\n    "Doc."; return 1\n', "def f():\n    pass; return 1\n"),
-        ('class A: "Doc."\n', "class A: pass\n"),
-        ('class A:\n    "Doc."\n\nx = 1\n', "class A:\n    pass\n\nx = 1\n"),
-        ('class A:\n    "Doc."\n    "More."\n', "class A:\n    pass\n"),
-        ('def f(é="ß"): "Döc."\n', 'def f(é="ß"): pass\n'),
-        ('async def f():\n    ("Doc."\n     "More.")\n    x\n', "async def f():\n    x\n"),
-        ('def f():\n    x = 1\n    "Said."\n', 'def f():\n    x = 1\n    "Said."\n'),
-    ],
-)
-def test_docstrings_are_cut_to_the_character(code, left):
-    assert without_docstrings(code, definitions(ast.parse(code))) == left
-    compile(left, "left", "exec")
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_dataset_is_not_overwritten(data, splits, tmp_path, kind):
+    out = tmp_path / "d"
+    out.mkdir() if kind == "folder" else out.write_text("notes")
+    with pytest.raises(UserError, match="no dataset: remove it"):
+        prepare_documents("prose", splits, data.tokenizer, out)
+    assert out.exists()
 
 
-def test_no_held_out_passage_was_trained_on(library):
-    validated = set()
-    for document in of_split(library, "validation"):
-        validated.update(passages(document.text).tolist())
-    assert len(validated) > 200_000
-    for document in of_split(library, "train"):
-        assert validated.isdisjoint(passages(document.text).tolist()), document.name
+def test_too_little_text_is_refused(data, splits, tmp_path):
+    short = splits | {"validation": splits["validation"][:1]}
+    with pytest.raises(UserError, match="prose/validation has .* fewer than the 8,193"):
+        prepare_documents("prose", short, data.tokenizer, tmp_path / "d")
 
 
-def test_no_held_out_passage_is_found_in_training_text(library, whole):
-    """Without the numbers, which could be wrong on both sides of the test above."""
-    training = [document.text for document in of_split(library, "train")]
-
-    def found(samples):
-        return [sample for sample in samples if any(sample in text for text in training)]
-
-    rng = random.Random(0)
-
-    def passages_of(documents, count):
-        long = [document.text for document in documents if len(document.text) >= PASSAGE]
-        texts = rng.choices(long, weights=[len(text) for text in long], k=count)
-        starts = [rng.randrange(len(text) - PASSAGE + 1) for text in texts]
-        return [text[at : at + PASSAGE] for text, at in zip(texts, starts, strict=True)]
-
-    assert not found(passages_of(of_split(library, "validation"), 400))
-    uncut = [document for _, document in whole if held_out(document.name)]
-    assert found(passages_of(uncut, 400)), "the standard library no longer copies itself"
-
-
-def test_a_module_is_held_out_from_both_sources_or_from_none(library):
-    modules = {
-        (source, split): {document.name.split("#")[0] for document in library[source][split]}
-        for source in SOURCES
-        for split in SPLITS
-    }
-    trained = modules["prose", "train"] | modules["code", "train"]
-    validated = modules["prose", "validation"] | modules["code", "validation"]
-    assert not trained & validated
-    assert modules["prose", "train"] & modules["code", "train"]
-    assert modules["prose", "validation"] & modules["code", "validation"]
-
-
-def test_another_process_reads_the_same_corpus(library):
-    program = (
-        "from tinyllama_jax.preparation.documents import *\n"
-        "library = standard_library()\n"
-        "print(corpus_hash(d for s in SOURCES for p in SPLITS for d in library[s][p]))"
-    )
-    again = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(documents.__file__).parents[2],
-        # String hashes differ from process to process, and with them the order of sets.
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert again.stdout.strip() == corpus_hash(all_documents(library))
-
-
-def test_both_sources_are_large_enough_to_train_and_to_measure(library):
-    for source in SOURCES:
-        characters = {split: sum(len(d.text) for d in library[source][split]) for split in SPLITS}
-        assert characters["validation"] >= 120_000, source
-        assert characters["train"] >= 1_500_000, source
-
-
-def test_training_documents_differ(library):
-    for source in SOURCES:
-        texts = [document.text for document in library[source]["train"]]
-        assert len(texts) == len(set(texts)), source
-
-
-def test_names_are_in_order_and_of_the_library_alone(library):
-    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
-    for source in SOURCES:
-        names = [document.name for document in library[source]["train"]]
-        assert names == sorted(names) and len(names) == len(set(names))
-        for name in names:
-            assert not left_out & set(name.removeprefix("text:").replace("/", ".").split(".")), name
-            assert "_sysconfigdata" not in name and "config-" not in name
-    assert "pydoc_data.topics" not in {d.name for d in of_split(library, "train")}
-    assert any(d.name.startswith("topic:") for d in library["prose"]["train"])
-
-
-@pytest.mark.filterwarnings("error")
-def test_folder_is_read_without_what_is_left_out(tmp_path):
-    long = "x" * 100
-    for path, data in {
-        "pack/__init__.py": f'"""Doc {long}"""\nx = "{long}"\n'.encode(),
-        "pack/part.py": f'# -*- coding: latin-1 -*-\nx = "é{long}"\n'.encode("latin-1"),
-        "pack/odd.py": f'"""\\d {long}"""\n'.encode(),
-        "pack/half.py": f'"""\\ud800 {long}"""\n'.encode(),
-        "pack/README": long.encode(),
-        "pack/notes.txt": long.encode(),
-        "pack/table.csv": long.encode(),
-        "short.py": b'"""Doc."""\nx = 1\n',
-        "binary.txt": b"text\n" * 200 + b"\xff",
-        "undecoded.py": b'x = "\xff"' + b"\n" * 200,
-        "unparsed.py": b"x =" + b"\n" * 200,
-        "zeros.py": b"x = 1\0" + b"\n" * 200,
-        "pydoc_data/topics.py": f'x = "{long}"\n'.encode(),
-        "_sysconfigdata__linux_.py": f'x = "{long}"\n'.encode(),
-        "config-3.11/README": long.encode(),
-        "test/x.py": f'x = "{long}"\n'.encode(),
-        "pack/tests/x.py": f'x = "{long}"\n'.encode(),
-        "site-packages/x.py": f'x = "{long}"\n'.encode(),
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(data)
-    found = {
-        (source, document.name): document.text
-        for source, document in read_documents(tmp_path)
-        if not document.name.startswith("topic:")
-    }
-    assert found == {
-        ("code", "pack"): f'x = "{long}"\n',
-        ("code", "pack.part"): f'# -*- coding: latin-1 -*-\nx = "é{long}"\n',
-        ("prose", "pack"): f"Doc {long}",
-        ("prose", "pack.half"): f"? {long}",
-        ("prose", "pack.odd"): f"\\d {long}",
-        ("prose", "text:pack/README"): long,
-        ("prose", "text:pack/notes.txt"): long,
-    }
-
-
-def test_python_without_sources_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match="ordinary installation"):
-        standard_library()
+def test_llama_2s_tokenizer_is_taken_by_its_path(llama2, splits, tmp_path):
+    # Its 32,000 pieces make longer tokens, so the text is doubled to fill a record.
+    doubled = {split: documents * 2 for split, documents in splits.items()}
+    manifest = prepare_documents("prose", doubled, llama2, tmp_path / "d")
+    assert manifest["tokenizer"]["pieces"] == 32_000 and manifest["dtype"] == "uint16"
+    rows = Rows(tmp_path / "d", "train", 2048, 32_000)
+    text = load_tokenizer(llama2).decode(rows[0].tolist())
+    assert doubled["train"][0].text[:200] in text
 
 
 def random_text(seed, length):
@@ -266,15 +166,3 @@ def test_windows_are_equal_where_their_numbers_are(length):
     assert len(pairs) == len(set(windows)) == len(set(numbers))
     assert passages(windows[3], length).tolist() == [numbers[3]]
     assert len(passages(text[: length - 1], length)) == 0
-
-
-def test_corpus_hash_sees_names_texts_and_order():
-    corpora = (
-        [Document("a", "bc"), Document("d", "e")],
-        [Document("ab", "c"), Document("d", "e")],
-        [Document("d", "e"), Document("a", "bc")],
-        [Document("a", "bc"), Document("d", "f")],
-        [Document("a", "bc")],
-    )
-    assert len({corpus_hash(corpus) for corpus in corpora}) == len(corpora)
-    assert corpus_hash(corpora[0]) == corpus_hash(list(corpora[0]))

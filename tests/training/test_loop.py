@@ -25,13 +25,12 @@ from tinyllama_jax.config import (
     ValidationConfig,
     to_json,
 )
-from tinyllama_jax.data.mixture import make_mixture
-from tinyllama_jax.data.rows import Rows
 from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh, named_leaves, put_batch
 from tinyllama_jax.training import loop
+from tinyllama_jax.training.inputs import batches_after, open_inputs
 from tinyllama_jax.training.metrics import read_metrics
 from tinyllama_jax.training.step import abstract_state
 
@@ -198,13 +197,12 @@ def test_a_run_on_packed_documents_that_are_masked(config, prepared, mesh):
         )
 
 
-def test_a_larger_batch_reads_the_rows_that_follow(config, data):
+def test_a_larger_batch_reads_the_rows_that_follow(config, mesh):
     """The order does not know the batch size: whatever the stages, the same rows in a row."""
-    rows = [Rows(s.path, "train", config.model.context, 400) for s in data.sources]
-    order = make_mixture(data, config.model.context)
+    inputs = open_inputs(config, mesh)
     staged = dataclasses.replace(config, batch_stages=(BatchStageConfig(3, 5),))
     even, uneven = (
-        np.concatenate([b.reshape(-1, b.shape[-1]) for b in loop.batches_after(run, rows, order, 0)])
+        np.concatenate([b.reshape(-1, b.shape[-1]) for b in batches_after(0, run, inputs)])
         for run in (config, staged)
     )
     np.testing.assert_array_equal(even, uneven[: len(even)])
@@ -311,7 +309,7 @@ def test_a_run_of_other_data_is_refused(config, mesh, tmp_path):
     manifest = Path(source.path) / "manifest.json"
     text = manifest.read_text()
     try:
-        manifest.write_text(text.replace("CPython", "OtherPython"))
+        manifest.write_text(text.replace('"field": "text"', '"field": "body"'))
         with pytest.raises(UserError, match="trained on other data"):
             loop.run(config, mesh)
     finally:

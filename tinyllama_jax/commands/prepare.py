@@ -40,7 +40,7 @@ class PrepareOptions:
     """i/n: do the groups of files whose number mod n is i, on a cluster. All see --out; a call
     that finds no group missing joins them."""
     processes: int | None = None
-    """Processes on this machine; by default one a core."""
+    """Processes on this machine; by default one a core, and one for `stdlib`."""
     on_error: Literal["stop", "skip"] = "stop"
     """Bad input stops, or is left out and counted in the manifest."""
     best_fit: int | None = None
@@ -68,11 +68,23 @@ def prepare(options: PrepareOptions) -> int:
 
     tokenizer, out = options.tokenizer, options.out
     if options.dataset == "stdlib":
-        require(
-            options == PrepareOptions("stdlib", tokenizer, out),
-            "`prepare stdlib` takes --tokenizer and --out alone: leave the rest out.",
+        taken = PrepareOptions(
+            "stdlib", tokenizer, out, processes=options.processes, best_fit=options.best_fit
         )
-        for name, folder in prepare_standard_library(tokenizer, out).items():
+        require(
+            options == taken,
+            "`prepare stdlib` takes --tokenizer, --out, --processes and --best-fit: leave the rest "
+            "out.",
+        )
+        try:
+            with sigterm_as_interrupt():
+                folders = prepare_standard_library(
+                    tokenizer, out, processes=options.processes or 1, best_fit=options.best_fit
+                )
+        except KeyboardInterrupt:
+            print("Stopped; the same command goes on.", file=sys.stderr)
+            return ExitCode.SAVED
+        for name, folder in folders.items():
             print(f"{folder}: {name}, {summary(read_manifest(folder))}")
         return ExitCode.DONE
     require(

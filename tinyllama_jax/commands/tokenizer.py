@@ -27,7 +27,7 @@ def tokenizer(options: TokenizerOptions) -> int:
       UserError: a file that is not UTF-8 text, or too little text for so many pieces.
     """
     from tinyllama_jax.data.tokenizer import train_tokenizer
-    from tinyllama_jax.preparation.documents import standard_library
+    from tinyllama_jax.preparation.library import standard_library
 
     texts = []
     for file in options.files:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.config import LlamaConfig
-from tinyllama_jax.conversion.huggingface import require_pieces, require_shapes, unwritten
+from tinyllama_jax.conversion.huggingface import require_pieces, require_shapes
 from tinyllama_jax.conversion.tensors import stream, tensors
 from tinyllama_jax.conversion.tokenizer_json import read_pieces, special_tokens
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import aside_name, make_folder
+from tinyllama_jax.files import make_folder, written_aside
 from tinyllama_jax.model.llama import Weights
 
 MAGIC = b"GGUF"
@@ -103,28 +103,24 @@ def export_gguf(weights: Weights, config: LlamaConfig, tokenizer: Path, file: Pa
         stem = gguf_names.get_name(name.removesuffix(".weight"))
         size = int(np.prod(tensor.hf_shape)) * dtype.itemsize
         writer.add_tensor_info(f"{stem}.weight", tensor.hf_shape, dtype, size)
-    aside = aside_name(file)
-    try:
-        writer.write_header_to_file(aside)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, array in stream(weights, config, "float16", gains="float32"):
-            if name.endswith("q_proj.weight"):
-                array = interleave(array, config.query_heads)
-            elif name.endswith("k_proj.weight"):
-                array = interleave(array, config.kv_heads)
-            writer.write_tensor_data(array)
-            # Otherwise two tensors would be in memory while the next one is produced.
-            del array
-        writer.close()
-        aside.rename(file)
-    except OSError as error:
-        raise unwritten(file, error) from error
-    finally:
-        # On a full disk closing fails too, because it writes what is left in the buffer.
-        with contextlib.suppress(OSError):
+    with written_aside(file) as aside:
+        try:
+            writer.write_header_to_file(aside)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, array in stream(weights, config, "float16", gains="float32"):
+                if name.endswith("q_proj.weight"):
+                    array = interleave(array, config.query_heads)
+                elif name.endswith("k_proj.weight"):
+                    array = interleave(array, config.kv_heads)
+                writer.write_tensor_data(array)
+                # Otherwise two tensors would be in memory while the next one is produced.
+                del array
             writer.close()
-        aside.unlink(missing_ok=True)
+        finally:
+            # On a full disk closing fails as well, on what is still in its buffer.
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def require_replaceable(file: Path) -> None:

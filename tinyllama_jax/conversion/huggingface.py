@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tinyllama_jax.conversion.tensors import leaves, stream, tensors, unread_ten
 from tinyllama_jax.conversion.tokenizer_json import special_tokens, tokenizer_json
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import make_folder
+from tinyllama_jax.files import folder_written_aside
 from tinyllama_jax.model import llama
 from tinyllama_jax.model.llama import Weights
 from tinyllama_jax.runtime.mesh import named_leaves
@@ -161,34 +160,19 @@ def export(
     }
     # Everything is written beside the folder and renamed at the end, so that a killed process never
     # leaves half an export under the final name.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with folder_written_aside(folder) as aside:
         shapes = {name: tensor.hf_shape for name, tensor in tensors(config).items()}
         parts = stream(weights, config, dtype)
-        safetensors_files.write(partial, shapes, dtype, max_shard_bytes, parts)
-        shutil.copyfile(tokenizer, partial / TOKENIZER)
+        safetensors_files.write(aside, shapes, dtype, max_shard_bytes, parts)
+        shutil.copyfile(tokenizer, aside / TOKENIZER)
         for name, values in jsons.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (partial / name).write_text(text, encoding="utf-8")
-        hashes = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-        (partial / HASHES).write_text(json.dumps(hashes, indent=1))
+            (aside / name).write_text(text, encoding="utf-8")
+        hashes = {path.name: file_sha256(path) for path in sorted(aside.iterdir())}
+        (aside / HASHES).write_text(json.dumps(hashes, indent=1))
         # The card is written after the hashes were taken, so that people may edit it.
         card = model_card.render(folder.name, config, dtype, facts)
-        (partial / CARD).write_text(card, encoding="utf-8")
-        replace(partial, folder)
-    except OSError as error:
-        raise unwritten(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def unwritten(path: Path, error: OSError) -> UserError:
-    """The error for an export that could not be written to the disk."""
-    return UserError(
-        f"{path} cannot be written ({error.strerror or error}): make room, or give another path."
-    )
+        (aside / CARD).write_text(card, encoding="utf-8")
 
 
 def require_pieces(tokenizer: Path, pieces: int, config: LlamaConfig) -> None:
@@ -225,19 +209,6 @@ def require_replaceable(folder: Path) -> None:
     require(not foreign, f"{folder} holds {', '.join(foreign)}, which no export wrote: {cure}")
     architectures = read_json(folder / "config.json").get("architectures")
     require(architectures == ["LlamaForCausalLM"], f"{folder} holds another model: {cure}")
-
-
-def replace(new: Path, folder: Path) -> None:
-    """Renames the folder `new` to `folder`, and deletes an earlier `folder` afterwards.
-
-    The earlier one is renamed first, because no system call replaces a folder that is not empty.
-    """
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tinyllama_jax.errors import UserError, require
 
 MANIFEST = "manifest.json"
 RECORD = 8192
-"""Targets of a record. A record holds one token more, and serves every context dividing this."""
+"""Targets of a record, which holds one token more; it serves every context that divides this."""
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -20,7 +20,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def is_padding(tokens_BS: np.ndarray) -> np.ndarray:
-    """Which tokens are an eos after an eos, (..., S); the first of a row never is."""
+    """Marks padding, an eos after an eos, in bool (..., S); the first token of a row never is."""
     ends_BS = tokens_BS == EOS
     padding_BS = np.zeros_like(ends_BS)
     padding_BS[..., 1:] = ends_BS[..., 1:] & ends_BS[..., :-1]
@@ -42,16 +42,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         sizes = {shard["file"]: shard["bytes"] for shard in shards}
+        # What those who read a dataset, and not only its shards, rely on.
         manifest["tokenizer"]["sha256"]
+        for split in manifest["splits"].values():
+            split["padding_tokens"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{folder / MANIFEST} is damaged: remove {folder} and prepare it again."
+            f"{folder / MANIFEST} is damaged or of an older version: remove {folder} and prepare "
+            "it again."
         ) from None
     for file, size in sizes.items():
-        found = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        on_disk = (folder / file).stat().st_size if (folder / file).is_file() else 0
         require(
-            found == size,
-            f"{folder / file} holds {found:,} bytes where the manifest says {size:,}: "
+            on_disk == size,
+            f"{folder / file} holds {on_disk:,} bytes where the manifest says {size:,}: "
             f"remove {folder} and prepare it again.",
         )
     return manifest

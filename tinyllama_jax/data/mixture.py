@@ -23,7 +23,7 @@ from tinyllama_jax.errors import require
 
 
 class _Stretch:
-    """A part of the global order in which every share is constant, or moves linearly: a ramp.
+    """A part of the global order in which the share of each source is constant, or a linear ramp.
 
     A share is an exact fraction, because a float's error would show after some 1e9 rows.
     """
@@ -38,9 +38,9 @@ class _Stretch:
         counts: list[int],
     ):
         self.start, self.shares, self.slopes = start, shares, slopes
-        self.rows = rows  # of a ramp; None: constant until the next stretch
-        self.ideal, self.counts = ideal, counts  # of each source before `start`, exact and rounded
-        # Of each source and those after it together.
+        self.rows = rows  # length of a ramp; None: constant until the next stretch begins
+        self.ideal, self.counts = ideal, counts  # rows of each source before `start`; see ideal_at
+        # (share, slope) of each source and all sources after it together.
         zero = Fraction(0)
         self.left = [(sum(shares[i:], zero), sum(slopes[i:], zero)) for i in range(len(shares))]
         moves = zip(shares, slopes, strict=True)
@@ -73,6 +73,7 @@ class _Stretch:
         return math.floor(s * x + d * x**2 / 2 + carry)
 
     def locate(self, row: int) -> tuple[int, int]:
+        """See `Mixture.locate`."""
         left = row - self.start
         for source in range(self.last):
             before = self.taken(source, left)
@@ -82,6 +83,7 @@ class _Stretch:
         return self.last, self.counts[self.last] + left
 
     def counts_at(self, row: int) -> list[int]:
+        """Rows of each source before a place of the global order: whole numbers, as read."""
         counts, left = list(self.counts), row - self.start
         for source in range(self.last + 1):
             taken = self.taken(source, left)
@@ -90,6 +92,7 @@ class _Stretch:
         return counts
 
     def ideal_at(self, row: int) -> list[Fraction]:
+        """The integral of each source's share up to a place: what `counts_at` rounds."""
         x = row - self.start
         return [
             ideal + share * x + slope * x**2 / 2
@@ -109,12 +112,18 @@ def _floor(p: Fraction, q: Fraction, radicand: Fraction) -> int:
 
 
 class Mixture:
-    """Which row of which source stands at each place of the global order, in closed form.
+    """The global order of training: which row of which source is read at each place.
 
-    Source 0 gets its share of all rows, source 1 its share of what is left, and so on, each by
-    rounding the integral of its share: any rows in a row are exact to within one (for two sources;
-    for more, those from the first on, to within one a source and stretch of the weights). A source
-    is not read where its weight is 0.
+    A place is answered in closed form, without walking there: by any place, the first source has
+    given its share of all rows so far, the second its share of the rows that the first left over,
+    and so on, where the integral of a share is rounded to whole rows. Therefore each source gives
+    what its weight asks for, up to rounding:
+
+    - With two sources, in any consecutive rows, wherever they begin, to within one row.
+    - With more, in the rows from the first of the run on, to within one row for each source and
+      for each stretch between two changes of the weights.
+
+    A source whose weight is 0 is not read.
     """
 
     def __init__(
@@ -122,11 +131,13 @@ class Mixture:
         weights: Sequence[float | Fraction],
         stages: Sequence[tuple[int, int, Sequence[float | Fraction]]] = (),
     ):
-        """The weights, and their changes on the way.
+        """Builds the order from the sources' mixing weights and their changes during the run.
 
         Args:
-          weights: of the sources from row 0 on, relative to their sum.
-          stages: (first row, rows of the linear ramp from the shares before, weights), in order.
+          weights: mixing weight of each source from row 0 on; a source's share is its weight over
+            the sum of all.
+          stages: changes in their order, each (first row, rows of the linear ramp from the shares
+            before, mixing weights after the ramp).
         """
         none, no_rows = [Fraction(0)] * len(weights), [0] * len(weights)
         self._stretches = [_Stretch(0, _shares(weights), none, None, none, no_rows)]
@@ -141,8 +152,8 @@ class Mixture:
         before = self._stretches[-1]
         if before.start == start:  # it has no rows
             self._stretches.pop()
-        found = before.ideal_at(start), before.counts_at(start)
-        self._stretches.append(_Stretch(start, shares, slopes, rows, *found))
+        ideal, counts = before.ideal_at(start), before.counts_at(start)
+        self._stretches.append(_Stretch(start, shares, slopes, rows, ideal, counts))
 
     def _stretch(self, row: int) -> _Stretch:
         return self._stretches[bisect(self._stretches, row, key=lambda at: at.start) - 1]
@@ -162,13 +173,14 @@ def _shares(weights: Sequence[float | Fraction]) -> list[Fraction]:
 
 
 def make_mixture(data: DataConfig, context: int, fills: Sequence[Fraction] = ()) -> Mixture:
-    """The order of a run: its stages begin with the row that holds their first token.
+    """The order of a run: each stage begins with the row that holds its first token.
 
     Args:
-      data: sources, weights and stages, whose tokens are places of rows, padding included.
+      data: the sources, their mixing weights, and the stages. A stage begins after so many tokens
+        of all rows, padding included.
       context: targets of a row.
-      fills: of each source, the share of its tokens that are no padding: weights are by these
-        tokens, so a source with padding gives more rows. By default none has any.
+      fills: for each source, the share of its targets that are not padding, 1 by default. Mixing
+        weights are shares of tokens that are not padding, so a source with padding gives more rows.
     """
 
     def by_row(weights: Sequence[float]) -> list[Fraction]:
@@ -185,8 +197,8 @@ def make_mixture(data: DataConfig, context: int, fills: Sequence[Fraction] = ())
 
 def check_epochs(data: DataConfig, mixture: Mixture, sources: Sequence[Rows], rows: int) -> None:
     """Raises `UserError` if the first `rows` rows repeat a source more often than it allows."""
-    for source, found, count in zip(data.sources, sources, mixture.counts(rows), strict=True):
-        epochs = count / len(found)
+    for source, there, count in zip(data.sources, sources, mixture.counts(rows), strict=True):
+        epochs = count / len(there)
         require(
             source.max_epochs is None or epochs <= source.max_epochs,
             f"The run would read {source.name} {epochs:.2f} times and its max_epochs is "
@@ -225,14 +237,14 @@ def batches(
     """Endless batches tokens_ABS of shape (micro_batches, rows / processes, context + 1).
 
     Args:
-      sources: read in a fresh order each epoch, a pure function of (seed, source, epoch).
-      mixture: whose row stands where.
-      seed: of the orders.
+      sources: each is read in a fresh order every epoch, a pure function of (seed, source, epoch).
+      mixture: the order in which the sources take turns.
+      seed: the seed of the sources' orders.
       start: rows consumed before the first batch, over all processes; restoring is O(1).
-      micro_batches: micro-batches of a batch.
+      micro_batches: how many micro-batches make a batch.
       rows: rows of a micro-batch over all processes.
-      process: this one's index.
-      processes: how many read, each its own rows of every micro-batch.
+      process: the index of this process.
+      processes: how many processes read, each its own rows of every micro-batch.
     """
     orders, ends = [], np.cumsum([len(source) for source in sources])
     for index, (source, end) in enumerate(zip(sources, ends.tolist(), strict=True)):

@@ -14,8 +14,8 @@ from tinyllama_jax.data.format import RECORD, read_manifest
 from tinyllama_jax.errors import UserError, require
 
 OPEN_SHARDS = 200
-"""Shards of a split that are open at once: four splits stay below the 1,024 files that most systems
-let a process open, and a shard of 16,384 records takes 144 KB for its index."""
+"""How many shards of a split are open at once. Four splits then stay below the 1,024 files that
+most systems let a process open; the index of a shard of 16,384 records takes 144 KB of memory."""
 
 
 def _open_shard(path: str) -> ArrayRecordReader:
@@ -77,8 +77,8 @@ class Rows:
         for shard in np.unique(shards_R).tolist():
             places = np.flatnonzero(shards_R == shard)
             first = self.ends[shard - 1] if shard else 0
-            found = self._read_records(shard, records_R[places] - first)
-            for place, tokens in zip(places, found, strict=True):
+            records = self._read_records(shard, records_R[places] - first)
+            for place, tokens in zip(places, records, strict=True):
                 start = parts_R[place] * self.context
                 rows_RS[place] = tokens[start : start + self.context + 1]
         largest_R = rows_RS.view(np.uint32).max(axis=1)  # which no wrapped id escapes
@@ -106,7 +106,6 @@ class Rows:
 
 
 def fill_rate(manifest: dict[str, Any], split: str) -> Fraction:
-    """Share of a split's targets that are no padding."""
+    """The share of a split's targets that are not padding, exactly."""
     facts = manifest["splits"][split]
-    # Only packing by best fit pads, and says how much.
-    return 1 - Fraction(facts.get("padding_tokens", 0), facts["records"] * RECORD)
+    return 1 - Fraction(facts["padding_tokens"], facts["records"] * RECORD)

@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import make_folder
+from tinyllama_jax.files import make_folder, write_aside
 
 UNK, BOS, EOS = 0, 1, 2  # Llama 2's ids, in every tokenizer of the project
 SPACE = "\u2581"
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
     """Trains byte-fallback BPE with Llama 2's settings and writes `out` in one rename.
 
     Raises:
-      UserError: too little text for so many pieces, or a folder at `out`.
+      UserError: too little text for so many pieces, a folder at `out`, or a full disk.
     """
     out, model = Path(out), io.BytesIO()
     require(not out.is_dir(), f"{out} is a folder: give a file, such as {out / 'tokenizer.model'}.")
@@ -75,9 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
             f"give more text or a smaller --vocab-size ({error})."
         ) from None
     make_folder(out.parent)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.write_bytes(model.getvalue())
-    aside.rename(out)
+    write_aside(out, model.getvalue())
 
 
 def file_sha256(path: str | Path) -> str:
@@ -101,7 +99,7 @@ class ByteCounter:
                 self.prefixed_V[index] = piece.startswith(SPACE)
 
     def __call__(self, rows_BS: np.ndarray) -> int:
-        """Bytes behind the targets `rows_BS[:, 1:]`."""
+        """Bytes of the text that the targets `rows_BS[:, 1:]` stand for."""
         targets_BT = rows_BS[:, 1:]
         # Sentencepiece puts a space before each document that its author did not write.
         invented_BT = (rows_BS[:, :-1] == EOS) & self.prefixed_V[targets_BT]

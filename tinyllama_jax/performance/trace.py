@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from tinyllama_jax.config import Config
 from tinyllama_jax.errors import require
+from tinyllama_jax.files import folder_aside_name, replace_folder
 from tinyllama_jax.performance.breakdown import (
     Breakdown,
     Event,
@@ -91,7 +92,8 @@ class Profiler:
             )
             steps = range(0)
         self._steps, self._config, self._mesh, self._say = steps, config, mesh, say
-        self._folder, self._aside = folder / FOLDER, folder / f".{FOLDER}"
+        self._folder = folder / FOLDER
+        self._aside = folder_aside_name(self._folder)
         self._running = contextlib.ExitStack()
 
     @property
@@ -167,8 +169,7 @@ class Profiler:
             least = {}
         breakdown = make_breakdown(device, self._steps, windows, events, least)
         write(breakdown, self._aside)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._aside.rename(self._folder)
+        replace_folder(self._aside, self._folder)
         return breakdown
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Groups of a corpus by Apache Beam: on a cluster that runs its pipelines, or on this machine.
+"""Groups of a corpus written by Apache Beam: on a cluster that runs its pipelines, or one machine.
 
 Workers see the source, the tokenizer and the dataset's folder under the same paths as the caller,
 and have this package. They write shards and sidecars; the caller joins them.
@@ -16,8 +16,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
 from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.preparation.groups import Group, Preparation, write_group
-from tinyllama_jax.preparation.shards import write_whole
 
 # Beam's own DirectRunner first downloads another (Prism) from GitHub and runs that; this is the one
 # in Python that it falls back to.
@@ -86,7 +86,7 @@ def _write(group: Group, preparation: Preparation) -> None:
         write_group(preparation, group, _count)
     except UserError as error:
         # As an exception, each runner would repeat it and wrap it in a traceback of its own.
-        write_whole(_sentence(preparation, group), str(error))
+        write_aside(_sentence(preparation, group), str(error))
 
 
 def _sentence(preparation: Preparation, group: Group) -> Path:  # that the user should hear

@@ -1,4 +1,4 @@
-"""A corpus on disk to one dataset, with the same bytes from any number of processes and machines.
+"""How a corpus on disk becomes a dataset: the same bytes from any number of processes and machines.
 
 Groups of input files are done in any order, by anyone who sees the folder; an interrupted
 preparation goes on with those that are missing. When all are done, the shards get the names that
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from tinyllama_jax.data.format import MANIFEST, RECORD, read_manifest, token_dtype
 from tinyllama_jax.data.tokenizer import file_sha256, load_tokenizer
 from tinyllama_jax.errors import UserError, require
-from tinyllama_jax.files import make_folder
+from tinyllama_jax.files import make_folder, remove_leftovers, write_aside
 from tinyllama_jax.preparation.groups import (
     GROUP_BYTES,
     PACKER_FACTS,
@@ -30,17 +30,13 @@ from tinyllama_jax.preparation.groups import (
     make_packer,
 )
 from tinyllama_jax.preparation.readers import CORPORA, Corpus, OnError, RawDtype, list_files
-from tinyllama_jax.preparation.shards import (
-    remove_leftovers,
-    shard_name,
-    token_features,
-    write_tfds_metadata,
-    write_whole,
-)
+from tinyllama_jax.preparation.shards import shard_name, token_features, write_tfds_metadata
 from tinyllama_jax.preparation.token_files import TOKEN_FACTS, open_splits
 from tinyllama_jax.preparation.workers import run_groups
 
 PLAN, LOCK = "plan.json", ".lock"  # of a folder that is not complete
+AS_FOUND = "as found"
+"""What the manifest says of bos and eos where the input is token ids, which keep theirs."""
 
 
 def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, Any], list[Group]]:
@@ -76,8 +72,8 @@ def plan_corpus(preparation: Preparation, group_bytes: int) -> tuple[dict[str, A
         ),
         "group_bytes": group_bytes,
         "tokenizer": {"sha256": file_sha256(preparation.tokenizer), "pieces": vocab_size},
-        "bos": False if is_text else "as found",
-        "eos": True if is_text else "as found",
+        "bos": False if is_text else AS_FOUND,
+        "eos": True if is_text else AS_FOUND,
         "record_tokens": RECORD + 1,
         "dtype": token_dtype(vocab_size).__name__,
         "versions": {
@@ -100,7 +96,7 @@ def begin(preparation: Preparation, plan: dict[str, Any]) -> None:
     remove_leftovers(folder / "groups")
     text = json.dumps(plan, indent=2) + "\n"
     if not (folder / PLAN).is_file():
-        write_whole(folder / PLAN, text)
+        write_aside(folder / PLAN, text, sync=True)
     require(
         (folder / PLAN).read_text() == text,
         f"{folder} was begun with other files, options, tokenizer or versions: remove it, or give "
@@ -138,7 +134,7 @@ def join_groups(
             return open_finished(plan, out)
         # Written first: from here on no group is missing, though its shards move.
         manifest = _manifest(preparation, plan, groups)
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_aside(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", sync=True)
         for split, facts in manifest["splits"].items():
             for shard in facts["shards"]:
                 waiting = preparation.shard(groups[shard["group"]], split)
@@ -193,12 +189,12 @@ def _manifest(
     corpus_splits = dict.fromkeys([group.split for group in groups])
     for split in (*corpus_splits, *(("validation",) if preparation.corpus.held_out_share else ())):
         shards = [
-            (index, found["shards"][split])
-            for index, found in enumerate(sidecars)
-            if split in found["shards"]
+            (index, sidecar["shards"][split])
+            for index, sidecar in enumerate(sidecars)
+            if split in sidecar["shards"]
         ]
         counts = {
-            fact: sum(found[fact].get(split, 0) for found in sidecars) for fact in PACKER_FACTS
+            fact: sum(sidecar[fact].get(split, 0) for sidecar in sidecars) for fact in PACKER_FACTS
         }
         require(
             bool(shards),
@@ -225,16 +221,16 @@ def _manifest(
                 for index, (group, shard) in enumerate(shards)
             ],
         }
-    for found in sidecars:
-        for rule, count in found["dropped"].items():
+    for sidecar in sidecars:
+        for rule, count in sidecar["dropped"].items():
             dropped[rule] = dropped.get(rule, 0) + count
-    skipped = {"dropped": dropped, "bad": [facts for found in sidecars for facts in found["bad"]]}
+    bad = [facts for sidecar in sidecars for facts in sidecar["bad"]]
     read = {
-        fact: sum(found[fact] for found in sidecars)
+        fact: sum(sidecar[fact] for sidecar in sidecars)
         for fact in ("text_bytes", *TOKEN_FACTS)
-        if all(fact in found for found in sidecars)
+        if all(fact in sidecar for sidecar in sidecars)
     }
-    return plan | read | {"skipped": skipped, "splits": splits}
+    return plan | read | {"skipped": {"dropped": dropped, "bad": bad}, "splits": splits}
 
 
 def prepare_corpus(
@@ -255,18 +251,18 @@ def prepare_corpus(
     """Prepares a corpus as the dataset `out`, or goes on with it, or leaves it alone if complete.
 
     Args:
-      name: of the dataset, for TFDS.
-      corpus: its layout.
-      source: its folder.
+      name: the name that TFDS gives the dataset.
+      corpus: the layout of the corpus.
+      source: the folder of the corpus.
       tokenizer: path of a sentencepiece model.
       out: folder to make. Until it is complete, all is in `out.partial` beside it.
       worker: (i, n): of n workers, this one does the groups whose index mod n is i.
-      processes: of this worker; as many as it may use cores by default.
+      processes: how many this worker starts; by default one for each core that it may use.
       on_error: what to do with bad input, see `Tally`.
       best_fit: tokens of the rows into which documents are packed whole, with padding; by default
         they are concatenated.
-      runner: of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
-      beam_options: of its pipeline.
+      runner: a runner of Apache Beam, which does the groups instead; see `beam.make_pipeline`.
+      beam_options: options of Beam's pipeline.
       group_bytes: see `make_groups`.
 
     Returns:
@@ -336,11 +332,11 @@ def open_corpus(
     """A row of `CORPORA`, with what the user gives of it.
 
     Args:
-      name: of the row.
-      field: of the text, if given.
+      name: the key of the row.
+      field: the field that holds the text, if given.
       drop: "FIELD=VALUE" of rows to leave out.
-      dtype: of files without a header, if given.
-      held_out: share of the documents for validation, if given.
+      dtype: the dtype of token ids in files without a header, if given.
+      held_out: the share of the documents for validation, if given.
 
     Raises:
       UserError: fields for a corpus that has none or its own, a dtype for text, a share for a
@@ -382,16 +378,16 @@ def summary(manifest: dict[str, Any]) -> str:
     parts = []
     for split, facts in manifest["splits"].items():
         parts.append(f"{split} {facts['tokens']:,} tokens")
-        if facts.get("padding_tokens"):
+        if facts["padding_tokens"]:
             parts[-1] += f" ({1 - facts['fill_rate']:.2%} padding)"
-    if "eos_tokens" in manifest:
+    if manifest["eos"] == AS_FOUND:
         parts.append(f"{manifest['bos_tokens']:,} bos and {manifest['eos_tokens']:,} eos found")
-    if manifest.get("tokens_without_text"):
-        parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
-    skipped = manifest.get("skipped", {"dropped": {}, "bad": []})
+        if manifest["tokens_without_text"]:
+            parts.append(f"{manifest['tokens_without_text']:,} bos and eos without text dropped")
+    skipped = manifest["skipped"]
     parts += [f"{count:,} documents dropped: {why}" for why, count in skipped["dropped"].items()]
     if skipped["bad"]:
         parts.append(f"BAD INPUT in {len(skipped['bad'])} places, see skipped in {MANIFEST}")
-    if unknown := manifest.get("source", {}).get("files_of_unknown_kind"):
+    if unknown := manifest["source"]["files_of_unknown_kind"]:
         parts.append(f"{sum(unknown.values()):,} files of unknown kinds not read")
     return ", ".join(parts)

@@ -1,8 +1,9 @@
-"""A group of input files to its shards: the unit of work of a preparation, and its only bytes.
+"""Groups of input files, and how one becomes shards: the unit of work of a preparation.
 
-A group is some files in a row, a function of their order and sizes alone, so any number of
-processes on any machines writes the same. It leaves a shard for each of its splits and then a
-sidecar, the JSON of what it did; a group with a sidecar is done.
+A group is some consecutive files. Which files make a group depends on their order and sizes alone,
+and the bytes of a shard on the files of its group, so any number of processes on any machines
+writes the same. A group leaves a shard for each of its splits and then a sidecar, the JSON of what
+was done; a group with a sidecar is done.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax.data.tokenizer import load_tokenizer
+from tinyllama_jax.files import write_aside
 from tinyllama_jax.preparation.packing import BestFitPacker, Packer
 from tinyllama_jax.preparation.readers import (
     Corpus,
@@ -25,11 +27,11 @@ from tinyllama_jax.preparation.readers import (
     read_documents,
     record_bytes,
 )
-from tinyllama_jax.preparation.shards import ShardWriter, token_features, write_whole
+from tinyllama_jax.preparation.shards import ShardWriter, token_features
 from tinyllama_jax.preparation.token_files import read_token_documents
 
 GROUP_BYTES = 2**28
-"""Of records, about, that a group becomes at least; a group ends with a file."""
+"""About how many bytes of records a group becomes at least; a group ends with a file."""
 BATCH_BYTES = 2**20  # of text, handed to each of sentencepiece's threads at once
 
 PACKER_FACTS = ("documents", "cut_documents", "dropped_tokens", "padding_tokens")
@@ -41,7 +43,7 @@ Report = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Some files of a split, in a row."""
+    """Some consecutive files of a split."""
 
     index: int
     split: str
@@ -65,7 +67,7 @@ class Preparation:
     """The dataset's folder, made in the last step."""
     on_error: OnError
     row_tokens: int | None
-    """Of best-fit packing; None: documents are concatenated."""
+    """Length of the rows that best-fit packing fills; None: documents are concatenated."""
 
     @property
     def folder(self) -> Path:
@@ -81,12 +83,12 @@ class Preparation:
     def is_done(self, group: Group) -> bool:
         """Whether its sidecar and shards are there, made as `on_error` asks."""
         try:
-            found = json.loads(self.sidecar(group).read_text())
-            sizes = {self.folder / s["file"]: s["bytes"] for s in found["shards"].values()}
+            sidecar = json.loads(self.sidecar(group).read_text())
+            sizes = {self.folder / s["file"]: s["bytes"] for s in sidecar["shards"].values()}
             whole = all(path.stat().st_size == size for path, size in sizes.items())
         except FileNotFoundError:
             return False
-        return whole and not (found["bad"] and self.on_error == "stop")
+        return whole and not (sidecar["bad"] and self.on_error == "stop")
 
 
 def make_groups(files: dict[str, list[tuple[str, int]]], group_bytes: int) -> list[Group]:
@@ -126,9 +128,9 @@ def write_group(
 
     Args:
       preparation: what all groups share.
-      group: which one.
-      report: told of the progress.
-      threads: of the tokenizer.
+      group: the files to read.
+      report: is called with the progress.
+      threads: threads of the tokenizer.
 
     Returns:
       The sidecar, as it stands on disk: `PACKER_FACTS` and shards of each split that has
@@ -172,7 +174,7 @@ def write_group(
         for split, packer in packers.items():
             write(split, packer.finish())
         shards = {split: writers[split].finish() for split in sorted(writers)}
-    found = {
+    sidecar = {
         **{
             fact: {split: getattr(packers[split], fact) for split in sorted(packers)}
             for fact in PACKER_FACTS
@@ -182,8 +184,8 @@ def write_group(
         "dropped": dict(sorted(tally.dropped.items())),
         "bad": list(tally.bad.values()),
     }
-    write_whole(preparation.sidecar(group), json.dumps(found) + "\n")
-    return found
+    write_aside(preparation.sidecar(group), json.dumps(sidecar) + "\n", sync=True)
+    return sidecar
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Files of a corpus to its documents, in a fixed order, with a count of all that is left out."""
+"""How files of a corpus become documents, in a fixed order, and a count of all that is left out."""
 
 import dataclasses
 import hashlib
@@ -35,17 +35,17 @@ class Corpus:
     splits: Mapping[str, str]
     """{split: glob of its files below the source folder}."""
     field: str = "text"
-    """Of a row's text. Dots lead into nested fields, here and in `drop`."""
+    """The field of a row that holds its text. Dots lead into nested fields, here and in `drop`."""
     drop: tuple[tuple[str, str], ...] = ()
     """(field, value): rows to leave out."""
     held_out_share: float = 0.0
     """Share of the documents of `train` that make its `validation`; see `is_held_out`."""
     raw_dtype: RawDtype | None = None
-    """Of the token ids in files without a header; None: the files hold text."""
+    """The dtype of token ids in files without a header; None: the files hold text."""
 
     @property
     def suffixes(self) -> Collection[str]:
-        """Of the files that it reads."""
+        """The ends of the names of files that it reads."""
         return FORMATS if self.raw_dtype is None else TOKEN_FILES
 
 

@@ -1,8 +1,5 @@
 """Shards of a dataset: ArrayRecord files of packed tokens, and the TFDS metadata around them."""
 
-import os
-import re
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from etils import epath
 from tinyllama_jax.data.format import RECORD, token_dtype
 from tinyllama_jax.data.tokenizer import file_sha256
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import aside_name, write_aside
+from tinyllama_jax.files import aside_name, put_in_place, unwritten
 
 
 def token_features(vocab_size: int) -> tfds.features.FeaturesDict:
@@ -46,7 +43,7 @@ class ShardWriter:
                 self.writer.write(self.features.serialize_example({"tokens": record}))
                 self.records += 1
         except RuntimeError as error:
-            raise self._not_written(error) from None
+            raise unwritten(self.path, _first_words(error)) from None
 
     def finish(self) -> dict[str, Any]:
         """Closes, checks and renames the file.
@@ -60,15 +57,15 @@ class ShardWriter:
         try:
             self.writer.close()
         except RuntimeError as error:
-            raise self._not_written(error) from None
+            raise unwritten(self.path, _first_words(error)) from None
         if not self.aside.exists():
             raise UserError(
                 f"{self.path} was also written by another worker, who joined all meanwhile: the "
                 "same command ends at once."
             )
-        found = record_count(self.aside)
-        if found != self.records:
-            raise self._not_written(f"{found} of {self.records} records arrived")
+        arrived = record_count(self.aside)
+        if arrived != self.records:
+            raise unwritten(self.path, f"{arrived} of {self.records} records arrived")
         facts = {
             "file": self.path.name,
             "records": self.records,
@@ -76,20 +73,18 @@ class ShardWriter:
             "bytes": self.aside.stat().st_size,
             "sha256": file_sha256(self.aside),
         }
-        with open(self.aside, "rb") as file:
-            os.fsync(file.fileno())  # a sidecar must not outlive its shard when a machine fails
-        self.aside.rename(self.path)
+        # A sidecar must not outlive its shard when a machine fails.
+        put_in_place(self.aside, self.path, sync=True)
         return facts
 
     def discard(self) -> None:
         """Removes what was written, unless it was finished."""
         self.aside.unlink(missing_ok=True)
 
-    def _not_written(self, reason) -> UserError:
-        return UserError(
-            f"{self.path} cannot be written ({str(reason).split(';')[0]}): make room on that disk, "
-            "then the same command goes on."
-        )
+
+def _first_words(error: RuntimeError) -> str:
+    """What ArrayRecord says, without the places in its source code that follow."""
+    return str(error).split(";")[0]
 
 
 def record_count(path: Path) -> int:
@@ -125,33 +120,3 @@ def write_tfds_metadata(folder: Path, name: str, features, splits: dict[str, Any
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features, split_infos=infos, check_data=False
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """`write_aside` that raises `UserError` where the disk takes no more."""
-    try:
-        write_aside(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): make room on that disk, then the same "
-            "command goes on."
-        ) from None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes of this machine that are gone had not finished."""
-    mine = re.compile(rf"\..*\.{re.escape(socket.gethostname())}\.(\d+)")
-    for path in folder.iterdir():
-        match = mine.fullmatch(path.name)
-        if match and not _is_alive(int(match[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,4 +1,4 @@
-"""Files of token ids, made elsewhere, to their documents: the ids as they stand there.
+"""How files of token ids that were made elsewhere become documents: the ids as they stand there.
 
 Three kinds, told by their first bytes: the packed files of the original TinyLlama, NumPy's .npy,
 and ids without any header, as nanoGPT and OLMo keep them (OLMo under the suffix .npy). A document
@@ -58,24 +58,24 @@ def open_splits(corpus: Corpus, source: Path) -> Corpus:
         f"{min(names)} {WIDE}.",
     )
     for splits in LAYOUTS:
-        found = {
+        files = {
             split: names & {path.relative_to(source).as_posix() for path in source.glob(pattern)}
             for split, pattern in splits.items()
         }
-        if found["validation"] or found["test"]:
-            rest = names.difference(*found.values())
+        if files["validation"] or files["test"]:
+            rest = names.difference(*files.values())
             require(
-                bool(found["train"]) and not rest,
+                bool(files["train"]) and not rest,
                 f"{source} has files of validation or test, and "
                 f"{min(rest) + ' is of no split' if rest else 'none of train'}: let the names of "
                 "all begin with train, val or test.",
             )
             require(
-                not found["validation"] or corpus.held_out_share == SHARE,
+                not files["validation"] or corpus.held_out_share == SHARE,
                 f"{source} has files of validation: leave --held-out out.",
             )
-            there = {split: pattern for split, pattern in splits.items() if found[split]}
-            share = 0.0 if found["validation"] else corpus.held_out_share
+            there = {split: pattern for split, pattern in splits.items() if files[split]}
+            share = 0.0 if files["validation"] else corpus.held_out_share
             return dataclasses.replace(corpus, splits=there, held_out_share=share)
     return corpus
 

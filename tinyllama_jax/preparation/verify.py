@@ -38,8 +38,8 @@ def verify_dataset(folder: Path) -> list[str]:
         named = {shard["file"] for shard in shards}
         with ThreadPoolExecutor() as pool:
             # Hashing leaves Python's lock alone, so threads are enough.
-            found = pool.map(lambda shard: _check_shard(folder, manifest, shard), shards)
-            bad = [line for line in track(found, folder.name, len(shards), transient=True) if line]
+            lines = pool.map(lambda shard: _check_shard(folder, manifest, shard), shards)
+            bad = [line for line in track(lines, folder.name, len(shards), transient=True) if line]
         for split, facts in splits.items():
             for key in ("records", "tokens"):
                 total = sum(shard[key] for shard in facts["shards"])

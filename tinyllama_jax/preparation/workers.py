@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.files import remove_leftovers, write_aside
 from tinyllama_jax.preparation.groups import Group, Preparation, write_group
-from tinyllama_jax.preparation.shards import remove_leftovers, write_whole
 
 SECONDS = 1.0  # between two looks at the progress
 
@@ -171,7 +171,7 @@ class _Progress:
             "tokens_per_sec": self._speed(),
             "seconds_left": left,
         }
-        write_whole(self.file, json.dumps(facts) + "\n")
+        write_aside(self.file, json.dumps(facts) + "\n")
 
 
 @contextlib.contextmanager

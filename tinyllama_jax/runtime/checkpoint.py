@@ -414,7 +414,8 @@ class Checkpoints:
         if not processes.is_first():
             return
         folder = self.folder / str(step)
-        write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1))
+        # Synced: an empty file of hashes would condemn a checkpoint that is whole.
+        write_aside(folder / HASHES, json.dumps(_hashes(folder), indent=1), sync=True)
 
     def run_values(self, step: int) -> dict[str, Any]:
         """Reads the `run` item of a checkpoint. One process may call this alone."""

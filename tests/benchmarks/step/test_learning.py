@@ -53,7 +53,7 @@ def test_it_learns_the_same_unless_it_begins_with_other_weights(
 def test_rows_of_the_library_are_its_documents_in_order(tmp_path, monkeypatch):
     documents = [Document("a", "the cat sat on the mat\n" * 2000), Document("b", "a dog\n" * 3000)]
     library = {"prose": {"train": documents[:1]}, "code": {"train": documents[1:]}}
-    monkeypatch.setattr("tinyllama_jax.preparation.documents.standard_library", lambda: library)
+    monkeypatch.setattr("tinyllama_jax.preparation.library.standard_library", lambda: library)
     config = dataclasses.replace(TINY, vocab_size=280)
     rows_NS = learning.library_rows(config, tmp_path / "tokenizer.model")
     assert rows_NS.shape[1] == config.context + 1 and len(rows_NS) % 128 == 0
