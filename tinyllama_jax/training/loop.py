@@ -137,9 +137,9 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
             watch.at("validation", step)
             for name, source in zip(names, held_out_rows, strict=True):
                 count = len(source) if rows is None else min(rows, len(source))
-                rows = [source[i] for i in range(count)]
-                found = held_out.evaluate(score, state["weights"], rows, config.micro_rows, mesh)
-                bits = found.bits_per_byte(count_bytes(np.stack(rows)))
+                unseen = [source[i] for i in range(count)]
+                found = held_out.evaluate(score, state["weights"], unseen, config.micro_rows, mesh)
+                bits = found.bits_per_byte(count_bytes(np.stack(unseen)))
                 metrics.write(step, {f"val/{name}/loss": found.loss, f"val/{name}/bpb": bits})
                 terminal.say(
                     f"step {step}  val/{name}: loss {found.loss:.4f}  {bits:.3f} bits/byte"
