@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tinyllama_jax.config import CheckpointConfig
@@ -156,14 +157,14 @@ def test_a_full_disk_is_said_before_anything_is_written(state, tmp_path, monkeyp
 def test_a_save_that_fails_in_the_background_is_said_once(state, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
     checkpoints.save(state | {"step": jnp.asarray(5, jnp.int32)}, RUN)
-    wait = checkpoints._manager.wait_until_finished
+    wait = ocp.CheckpointManager.wait_until_finished
 
-    def fail():
-        wait()
+    def fail(manager):
+        wait(manager)
         raise ValueError("no space left\nand many more lines")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
         with pytest.raises(UserError, match=r"Checkpoint 5 .*\(no space left\)"):
             checkpoints.finish()
     checkpoints.close()

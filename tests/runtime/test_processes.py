@@ -239,6 +239,8 @@ FAULTS = {
     "broken": (0, "raise ValueError('no such luck')", 1, "code 1 (ValueError: no such luck)"),
 }
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def broken(small):

@@ -11,6 +11,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 STEPS = 20
 GATHERS = ["step", "layer"]
 ALONE = (1, 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from support.runs import assert_same_run, config_file, elsewhere, losses, stop_at
 from tinyllama_jax.config import (
@@ -24,6 +25,8 @@ from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training import loop
 from tinyllama_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.long
 
 
 def test_a_run_stopped_at_random_steps_is_bitwise_the_unbroken_one(config, monkeypatch):

@@ -175,6 +175,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config, mesh):
         assert float(metrics["train/lr"]) == pytest.approx(1e-2 / 3, rel=1e-5)
 
 
+def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is_finite(config, mesh):
+    (tokens_ABS,) = random_batches(config, 1)
+    with jax.set_mesh(mesh):
+        state = init_state(config, mesh)
+        state["weights"]["head_DV"] *= 1e25  # fp32 holds it, and not the square in a norm
+        before = jax.tree.map(np.array, state)
+        batch = put_batch(tokens_ABS, mesh, 1), put_batch(loss_weights(tokens_ABS), mesh, 1)
+        state, metrics = make_step(config, mesh)(state, *batch)
+    assert np.isfinite(metrics["train/loss"]) and not np.isfinite(metrics["train/grad_norm"])
+    assert metrics["train/skipped"] == metrics["train/skipped_in_a_row"] == 1
+    for part in ("weights", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state[part]), before[part])
+
+
 def test_no_step_after_the_first_compiles(config, mesh):
     with jax.set_mesh(mesh):
         state, step = init_state(config, mesh), make_step(config, mesh)
