@@ -421,6 +421,15 @@ def test_no_more_than_so_many_shards_are_open_at_once(many_shards, monkeypatch):
             assert 1 <= open_files() <= 2
 
 
+def test_the_first_id_outside_the_vocabulary_is_outside(data):
+    folder = data.sources[0].path
+    rows = Rows(folder, "train", 64, SMALL.vocab_size)
+    largest = int(rows.read(range(len(rows))).max())
+    assert Rows(folder, "train", 64, largest + 1).read(range(len(rows))).max() == largest
+    with pytest.raises(UserError, match=f"token id {largest}, outside"):
+        Rows(folder, "train", 64, largest).read(range(len(rows)))
+
+
 def test_ids_outside_the_models_vocabulary_are_named(data):
     rows = Rows(data.sources[0].path, "train", 64, vocab_size=300)
     with pytest.raises(UserError, match="outside the model's vocabulary of 300"):

@@ -77,7 +77,7 @@ class Run:
                 assert process.poll() is None, process.communicate()
             time.sleep(0.02)
 
-    def finish(self, timeout=120):
+    def finish(self, timeout=300):
         """(exit code, stdout, stderr) of each."""
         ends = []
         try:
@@ -253,7 +253,7 @@ def broken(small):
         marks[name] = Path(config.run_folder).with_name(f"{name}.mark")
         fault = f"if me == {lost}: open({str(marks[name])!r}, 'w').close(); {fault}"
         runs[name] = Run(config, count, fault=fault, prelude=IMPATIENT)
-    deadline = time.time() + 240
+    deadline = time.time() + 400
     while time.time() < deadline:
         for name, run in runs.items():
             for index, process in enumerate(run.all):

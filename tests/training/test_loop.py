@@ -92,8 +92,11 @@ def test_a_run_on_packed_documents_that_are_masked(config, prepared, mesh):
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(config, mesh):
     wild = OptimizerConfig(peak_lr=1e30, end_lr=0.0, warmup_steps=0, clip_norm=1e30)
     config = dataclasses.replace(config, optimizer=wild, checkpoint=CheckpointConfig(every=1))
-    with pytest.raises(loop.Diverged, match="3 steps in a row"):
+    with pytest.raises(loop.Diverged, match="3 steps in a row") as stopped:
         loop.run(config, mesh)
+    metrics = read_metrics(config.run_folder)
+    first = min(step for step, values in metrics.items() if values["train/skipped"] > 0)
+    assert f"up to step {first + 2}:" in str(stopped.value)
     steps = Checkpoints(config.run_folder).steps()
     assert steps and steps[-1] < config.steps
     assert all(np.isfinite(leaf).all() for leaf in restored(config, steps[-1]).values())
