@@ -333,6 +333,13 @@ def test_the_ledger_counts_tokens_and_epochs():
     }
 
 
+@pytest.mark.parametrize(("start", "first_row"), [(64, 1), (100, 1), (127, 1), (128, 2)])
+def test_a_stage_begins_with_the_row_that_holds_its_first_token(start, first_row):
+    sources = (SourceConfig("before", "", 1.0), SourceConfig("after", "", 0.0))
+    mixture = make_mixture(DataConfig(sources, (StageConfig(start, (0.0, 1.0)),)), 64)
+    assert [mixture.locate(row)[0] for row in range(4)] == [0] * first_row + [1] * (4 - first_row)
+
+
 def test_a_source_with_padding_gives_more_rows_and_the_same_tokens():
     sources = (SourceConfig("padded", "", 0.7), SourceConfig("full", "", 0.3))
     fills = [Fraction(4, 5), Fraction(1)]

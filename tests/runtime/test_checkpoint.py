@@ -171,6 +171,15 @@ def test_a_save_that_fails_in_the_background_is_said_once(state, tmp_path, monke
     assert not (tmp_path / "checkpoints" / "5" / "sha256.json").exists()
 
 
+def test_the_next_writer_removes_what_a_killed_save_left(state, tmp_path):
+    save(tmp_path, state, 1)
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    (left / "weights").mkdir(parents=True)
+    assert Checkpoints(tmp_path).steps() == [1] and left.is_dir(), "a reader removes nothing"
+    save(tmp_path, state, 3)
+    assert not left.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / ".lock").mkdir()  # whoever runs this: root may write where others may not
     with pytest.raises(UserError, match="cannot be written"), locked(tmp_path):
