@@ -1,8 +1,10 @@
 """Eight fake devices, and a run small enough to be stopped, killed and compared bit by bit."""
 
 import dataclasses
+import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -45,16 +47,22 @@ from tinyllama_jax.config import (
     SampleConfig,
     SourceConfig,
     ValidationConfig,
+    to_json,
 )
 from tinyllama_jax.conversion import huggingface
 from tinyllama_jax.data.tokenizer import train_tokenizer
 from tinyllama_jax.model import llama
 from tinyllama_jax.preparation.corpus import prepare_corpus
 from tinyllama_jax.preparation.documents import prepare_documents
-from tinyllama_jax.runtime import run_folder
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh
 from tinyllama_jax.training.step import init_state
+
+
+def pytest_collection_modifyitems(items):
+    """Files marked `long` come first: each is taken by one worker, which would still be at it when
+    the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +175,8 @@ def source(config, mesh):
             state |= {"step": state["step"] + step, "skipped": state["skipped"] + 1}
             checkpoints.save(state, {"rows": step, "fingerprint": {}, "config": {}})
         checkpoints.close()
-    run_folder.describe_run(folder, source, mesh, None)
+    (folder / "config.json").write_text(json.dumps(to_json(source)))
+    shutil.copyfile(config.data.tokenizer, folder / "tokenizer.model")
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from support.tokenizers import STRINGS, document_of_10_mb, train
+from support.tokenizers import STRINGS, document_of_1_mb, train
 from tinyllama_jax.config import DEMO
 from tinyllama_jax.conversion import huggingface, tokenizer_json
 from tinyllama_jax.errors import UserError
@@ -143,9 +143,9 @@ def test_transformers_encodes_as_sentencepiece_does(both_tokenizers):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("both_tokenizers", ["small"], indirect=True)
-def test_transformers_encodes_a_document_of_10_mb_as_sentencepiece_does(both_tokenizers):
+def test_transformers_encodes_a_document_of_1_mb_as_sentencepiece_does(both_tokenizers):
     processor, transformed = both_tokenizers
-    text = document_of_10_mb()
+    text = document_of_1_mb()
     assert transformed(text, verbose=False)["input_ids"] == processor.encode(text)
 
 

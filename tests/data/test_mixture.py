@@ -333,6 +333,13 @@ def test_the_ledger_counts_tokens_and_epochs():
     }
 
 
+@pytest.mark.parametrize(("start", "first_row"), [(64, 1), (100, 1), (127, 1), (128, 2)])
+def test_a_stage_begins_with_the_row_that_holds_its_first_token(start, first_row):
+    sources = (SourceConfig("before", "", 1.0), SourceConfig("after", "", 0.0))
+    mixture = make_mixture(DataConfig(sources, (StageConfig(start, (0.0, 1.0)),)), 64)
+    assert [mixture.locate(row)[0] for row in range(4)] == [0] * first_row + [1] * (4 - first_row)
+
+
 def test_a_source_with_padding_gives_more_rows_and_the_same_tokens():
     sources = (SourceConfig("padded", "", 0.7), SourceConfig("full", "", 0.3))
     fills = [Fraction(4, 5), Fraction(1)]
@@ -419,6 +426,15 @@ def test_no_more_than_so_many_shards_are_open_at_once(many_shards, monkeypatch):
         for index, tokens in enumerate(records):
             np.testing.assert_array_equal(rows[index], tokens)
             assert 1 <= open_files() <= 2
+
+
+def test_the_first_id_outside_the_vocabulary_is_outside(data):
+    folder = data.sources[0].path
+    rows = Rows(folder, "train", 64, SMALL.vocab_size)
+    largest = int(rows.read(range(len(rows))).max())
+    assert Rows(folder, "train", 64, largest + 1).read(range(len(rows))).max() == largest
+    with pytest.raises(UserError, match=f"token id {largest}, outside"):
+        Rows(folder, "train", 64, largest).read(range(len(rows)))
 
 
 def test_ids_outside_the_models_vocabulary_are_named(data):

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from support.models import VOCAB
 from support.paths import GOLDEN
-from support.tokenizers import STRINGS, document_of_10_mb
+from support.tokenizers import STRINGS, document_of_1_mb
 from tinyllama_jax import cli
 from tinyllama_jax.data.tokenizer import BOS, EOS, UNK, ByteCounter, load_tokenizer, train_tokenizer
 from tinyllama_jax.errors import UserError
@@ -37,7 +37,7 @@ def test_a_preparation_encodes_as_bare_sentencepiece_does(which, data, request, 
     model = request.getfixturevalue("llama2") if which == "llama2" else Path(data.tokenizer)
     golden = (GOLDEN / "text.txt").read_text()
     documents = {
-        "train": [*STRINGS.values(), document_of_10_mb(), golden * 20],
+        "train": [*STRINGS.values(), document_of_1_mb(), golden * 20],
         "validation": [golden * 30],
     }
     for split, texts in documents.items():

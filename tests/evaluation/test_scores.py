@@ -25,7 +25,7 @@ def test_a_model_stands_below_the_published_ones_and_the_rest_apart():
         column.task: {"acc": 0.1, column.metric: 0.30 + 0.01 * i, f"{column.metric}_stderr": 0.02}
         for i, column in enumerate(columns)
     }
-    found["lambada"] = {"perplexity": 12.5}
+    found["lambada"] = {"perplexity": 12.5, "perplexity_stderr": 0.25}
     console = Console(width=80)
     with console.capture() as capture:
         console.print(scores.render("step 9", found, ["commonsense", "lambada"], None))
@@ -33,7 +33,9 @@ def test_a_model_stands_below_the_published_ones_and_the_rest_apart():
     wanted = [f"{30 + i:.2f}" for i in range(7)]
     assert ["step", "9", *wanted, "33.00"] in lines
     assert lines.index(["step", "9", *wanted, "33.00"]) > lines.index(["OPT-1.3B", "51.44"])
-    assert ["lambada", "perplexity", "12.5000"] in lines
+    # A standard error stands beside its value, and not as a value of its own.
+    assert ["lambada", "perplexity", "12.5000", "0.2500"] in lines
+    assert "stderr" not in capture.get()
     assert not any(line[:1] == ["hellaswag"] for line in lines)
 
 

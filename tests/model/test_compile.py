@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.kernels.kernel_resources import (
     KERNELS,
     OPTIMISED,
+    abstract_on,
     kernel_calls,
     resources_of_program,
 )
@@ -19,28 +19,15 @@ from tinyllama_jax.config import TINYLLAMA_1B, ExecutionConfig
 from tinyllama_jax.model.attention import attention
 from tinyllama_jax.model.llama import Block, rope_tables
 from tinyllama_jax.model.tiles import TILES, Tile, Tiles
-from tinyllama_jax.performance.targets import A100_40G, H100, absent_devices
-from tinyllama_jax.runtime.mesh import make_mesh
+from tinyllama_jax.performance.targets import A100_40G, H100
 
 pytestmark = pytest.mark.compile
 
 TARGETS = {"A100": A100_40G, "H100": H100}
 
 
-@functools.cache
-def absent_mesh(chip):
-    return make_mesh(devices=absent_devices(TARGETS[chip]))
-
-
-def abstract(mesh, shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P()))
-
-
 def lower_attention(backend, chip, dtype, H, documents, B=2, T=1024, N=8, K=1):
     """Attention and its gradients, lowered for a chip."""
-    mesh = absent_mesh(chip)
-    q, k = (abstract(mesh, (B, T, heads, H), dtype) for heads in (N, K))
-    segments = abstract(mesh, (B, T), "int32")
 
     def run(q, k, v, do, segments):
         segments = segments if documents else None
@@ -48,8 +35,9 @@ def lower_attention(backend, chip, dtype, H, documents, B=2, T=1024, N=8, K=1):
         o, vjp = jax.vjp(attend, q, k, v)
         return o, *vjp(do)
 
-    with jax.set_mesh(mesh):
-        return jax.jit(run).lower(q, k, k, q, segments)
+    with abstract_on(chip) as abstract:
+        q, k = (abstract((B, T, heads, H), dtype) for heads in (N, K))
+        return jax.jit(run).lower(q, k, k, q, abstract((B, T), "int32"))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
@@ -71,11 +59,9 @@ def test_every_tile_of_the_table_compiles_without_spills(row, documents, tmp_pat
 
 def layer_program(backend, saved) -> str:
     """A layer of the 1.1B and its gradients under `jax.checkpoint`, compiled for the A100."""
-    mesh, config = absent_mesh("A100"), TINYLLAMA_1B
+    config = TINYLLAMA_1B
     block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
     definition, state = nnx.split(block)
-    weights = jax.tree.map(lambda w: abstract(mesh, w.shape, "bfloat16"), nnx.to_pure_dict(state))
-    x = abstract(mesh, (8, config.context, config.width), "bfloat16")
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*saved))
     def layer(weights, x):
@@ -86,7 +72,9 @@ def layer_program(backend, saved) -> str:
         y, vjp = jax.vjp(layer, weights, x)
         return y, *vjp(dy)
 
-    with jax.set_mesh(mesh):
+    with abstract_on("A100") as abstract:
+        weights = jax.tree.map(lambda w: abstract(w.shape, "bfloat16"), nnx.to_pure_dict(state))
+        x = abstract((8, config.context, config.width), "bfloat16")
         return jax.jit(run).lower(weights, x, x).compile(compiler_options=OPTIMISED).as_text()
 
 

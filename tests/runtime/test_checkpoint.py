@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tinyllama_jax.config import CheckpointConfig
@@ -156,18 +157,27 @@ def test_a_full_disk_is_said_before_anything_is_written(state, tmp_path, monkeyp
 def test_a_save_that_fails_in_the_background_is_said_once(state, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
     checkpoints.save(state | {"step": jnp.asarray(5, jnp.int32)}, RUN)
-    wait = checkpoints._manager.wait_until_finished
+    wait = ocp.CheckpointManager.wait_until_finished
 
-    def fail():
-        wait()
+    def fail(manager):
+        wait(manager)
         raise ValueError("no space left\nand many more lines")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
         with pytest.raises(UserError, match=r"Checkpoint 5 .*\(no space left\)"):
             checkpoints.finish()
     checkpoints.close()
     assert not (tmp_path / "checkpoints" / "5" / "sha256.json").exists()
+
+
+def test_the_next_writer_removes_what_a_killed_save_left(state, tmp_path):
+    save(tmp_path, state, 1)
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    (left / "weights").mkdir(parents=True)
+    assert Checkpoints(tmp_path).steps() == [1] and left.is_dir(), "a reader removes nothing"
+    save(tmp_path, state, 3)
+    assert not left.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

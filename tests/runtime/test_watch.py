@@ -19,8 +19,8 @@ def watch(tmp_path, monkeypatch):
     return Watch(tmp_path)
 
 
-def tell(watch, process, beat, moves, phase="step"):
-    state = {"host": "h", "beat": beat, "moves": moves, "phase": phase, "step": 7, "left": None}
+def tell(watch, process, beat, moves, phase="step", left=None):
+    state = {"host": "h", "beat": beat, "moves": moves, "phase": phase, "step": 7, "left": left}
     (watch._folder / f"{process}.json").write_text(json.dumps(state))
 
 
@@ -42,6 +42,9 @@ def test_a_slow_run_is_left_alone(watch):
     assert verdicts(watch, PATIENCE["step"], [5, 5, 4], every=60) is None
     hours = PATIENCE["validation"]
     assert verdicts(watch, hours, [7, 8, 8], phase="validation", every=600) is None
+    # All in what may take longer than a standstill.
+    assert hours > STANDSTILL
+    assert verdicts(watch, hours, [9, 9, 9], phase="validation", every=600) is None
 
 
 def test_who_is_behind_or_silent_is_named(watch):
@@ -51,6 +54,17 @@ def test_who_is_behind_or_silent_is_named(watch):
     second, code, line = verdicts(watch, 60, [6, 6, 6], beats=False)
     assert code == 124 and line.startswith("process 2 on h has not been heard of for 30 s")
     assert 30 <= second < 40
+
+
+def test_an_error_of_another_process_is_told_after_a_moment(watch):
+    """Time for this process to come to the same error, which it would tell itself."""
+    found = []
+    for beat in range(6):
+        tell(watch, 1, beat, 1, left={"code": 2, "reason": "process 1 has no tokenizer"})
+        tell(watch, 2, beat, 1, left={"code": 0, "reason": ""})
+        watch._look(2.0)
+        found.append(watch._verdict())
+    assert found[0] is None and found[-1] == (2, "process 1 has no tokenizer")
 
 
 def test_steps_that_were_timed_shorten_the_patience_with_one(watch):

@@ -70,11 +70,11 @@ STRINGS = {
 }
 
 
-def document_of_10_mb() -> str:
+def document_of_1_mb() -> str:
     """All of the above, over and over in a row, with long runs between."""
     strings = [text for text in STRINGS.values() if len(text) < 100]
-    part = "".join(strings) + "草" * 800_000 + " " * 500_000 + "🦙" * 50_000
-    return part * (10_000_000 // len(part.encode()) + 1)
+    part = "".join(strings) + "草" * 80_000 + " " * 50_000 + "🦙" * 5_000
+    return part * (1_000_000 // len(part.encode()) + 1)
 
 
 def train(file, **options):

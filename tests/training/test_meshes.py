@@ -11,10 +11,14 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 STEPS = 20
-MESHES = [(1, 1), (1, 8), (2, 4), (8, 1), (2, 8)]
 GATHERS = ["step", "layer"]
+ALONE = (1, 1)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
+# fp32 tells more than bf16, at a hundredth of the tolerance: in bf16, one mesh with both axes.
+MESHES = {"float32": [(1, 8), (2, 4), (8, 1), (2, 8)], "bfloat16": [(2, 4)]}
 
 
 def train(mesh_shape: tuple[int, int], gather: str, dtype: str) -> list[float]:
@@ -65,21 +69,20 @@ def losses() -> dict[str, list[float]]:
     return json.loads(found.stdout)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize(("dtype", "mesh"), [(d, m) for d in MESHES for m in MESHES[d]], ids=str)
 @pytest.mark.parametrize("gather", GATHERS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_mesh_gives_the_losses_of_one_device(losses, mesh, gather, dtype):
-    alone, spread = (losses[f"{shape} {gather} {dtype}"] for shape in (MESHES[0], mesh))
+def test_every_mesh_gives_the_losses_of_one_device(losses, dtype, mesh, gather):
+    alone, spread = (losses[f"{shape} {gather} {dtype}"] for shape in (ALONE, mesh))
     assert alone[-1] < alone[0] - 0.1, "it learns"
     np.testing.assert_allclose(spread, alone, rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_both_forms_of_the_step_give_the_same_losses(losses, dtype):
-    once, by_layer = (losses[f"(1, 1) {gather} {dtype}"] for gather in GATHERS)
+    once, by_layer = (losses[f"{ALONE} {gather} {dtype}"] for gather in GATHERS)
     np.testing.assert_allclose(by_layer, once, rtol=TOLERANCE[dtype])
 
 
 if __name__ == "__main__":
-    combinations = [(m, g, d) for m in MESHES for g in GATHERS for d in TOLERANCE]
+    combinations = [(m, g, d) for d in MESHES for m in (ALONE, *MESHES[d]) for g in GATHERS]
     print(json.dumps({f"{m} {g} {d}": train(m, g, d) for m, g, d in combinations}))

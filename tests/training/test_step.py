@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tinyllama_jax.config import ExecutionConfig
@@ -55,6 +56,31 @@ def test_one_times_eight_equals_eight_times_one(config, mesh):
         runs.append(train(split, mesh, tokens, uneven))
     np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=2e-6)
     assert worst(runs[0][1], runs[1][1]) < 2e-4
+
+
+def test_the_gradient_norm_is_that_before_clipping(config, mesh):
+    (tokens_ABS,) = random_batches(config, 1)
+
+    @jax.jit
+    def norm(weights):
+        return optax.tree.norm(jax.grad(loss)(weights))
+
+    def loss(weights):
+        rows_BS = tokens_ABS.reshape(-1, tokens_ABS.shape[-1])
+        logits_BTV = llama.apply(config.model, weights, rows_BS[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, rows_BS[:, 1:]).mean()
+
+    norms = {}
+    for clip_norm in (1e-3, 1e3):
+        optimizer = dataclasses.replace(config.optimizer, clip_norm=clip_norm)
+        run = dataclasses.replace(config, optimizer=optimizer)
+        with jax.set_mesh(mesh):
+            state = init_state(run, mesh)
+            exact = float(norm(state["weights"]))
+            batch = put_batch(tokens_ABS, mesh, 1), put_batch(loss_weights(tokens_ABS), mesh, 1)
+            norms[clip_norm] = float(make_step(run, mesh)(state, *batch)[1]["train/grad_norm"])
+    assert exact > 0.1
+    assert norms == pytest.approx(dict.fromkeys(norms, exact), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +172,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config, mesh):
         assert (after["skipped"], after["skipped_in_a_row"]) == (2, 0)
         # Two updates were made, so the third would use the schedule's third rate.
         assert float(metrics["train/lr"]) == pytest.approx(1e-2 / 3, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is_finite(config, mesh):
+    (tokens_ABS,) = random_batches(config, 1)
+    with jax.set_mesh(mesh):
+        state = init_state(config, mesh)
+        state["weights"]["head_DV"] *= 1e25  # fp32 holds it, and not the square in a norm
+        before = jax.tree.map(np.array, state)
+        batch = put_batch(tokens_ABS, mesh, 1), put_batch(loss_weights(tokens_ABS), mesh, 1)
+        state, metrics = make_step(config, mesh)(state, *batch)
+    assert np.isfinite(metrics["train/loss"]) and not np.isfinite(metrics["train/grad_norm"])
+    assert metrics["train/skipped"] == metrics["train/skipped_in_a_row"] == 1
+    for part in ("weights", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state[part]), before[part])
 
 
 def test_no_step_after_the_first_compiles(config, mesh):
