@@ -20,7 +20,9 @@ from tinyllama_jax.config import (
     BatchStageConfig,
     CheckpointConfig,
     ValidationConfig,
+    to_json,
 )
+from tinyllama_jax.config_file import with_defaults
 from tinyllama_jax.runtime.checkpoint import Checkpoints
 from tinyllama_jax.runtime.mesh import make_mesh, put_batch
 from tinyllama_jax.training import loop
@@ -198,3 +200,41 @@ def test_more_steps_lengthen_a_run_and_fewer_leave_it_alone(config, mesh, capsys
     assert "at step 15, past the 9 steps" in capsys.readouterr().out
     assert json.loads((Path(config.run_folder) / "config.json").read_text())["steps"] == 15
     assert Checkpoints(config.run_folder).steps()[-1] == 15
+
+
+def test_an_end_is_reached_when_all_of_it_is_done(config, mesh, monkeypatch, capsys):
+    """A run that failed past step 6, and whose last step is now the sixth, has not ended there."""
+    config = dataclasses.replace(config, validation=ValidationConfig(every=3, rows=8))
+    due_after = loop.due_after
+
+    def fail(step, config):
+        if step == 7:
+            raise OSError("no such disk")
+        return due_after(step, config)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(loop, "due_after", fail)
+        loop.run(config, mesh)
+    on_the_way = read_metrics(config.run_folder)[6]["val/prose/loss"]
+    shorter = dataclasses.replace(config, steps=6)
+    assert loop.run(shorter, mesh)
+    assert "nothing is left to train" not in capsys.readouterr().out
+    assert read_metrics(config.run_folder)[6]["val/prose/loss"] != on_the_way, "over all rows now"
+    assert (Path(config.run_folder) / "samples" / "0000006.txt").exists()
+    assert loop.run(shorter, mesh)
+    assert "nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_run_begun_anew_makes_its_end_anew(config, mesh, capsys):
+    assert loop.run(config, mesh)
+    shutil.rmtree(Path(config.run_folder) / "checkpoints")
+    shutil.rmtree(Path(config.run_folder) / "samples")
+    assert loop.run(config, mesh)
+    assert "nothing is left to train" not in capsys.readouterr().out
+    assert (Path(config.run_folder) / "samples" / "0000012.txt").exists()
+
+
+def test_a_run_begun_with_an_option_that_is_gone_goes_on(config):
+    saved = to_json(config)
+    saved["execution"]["unroll_layers"] = True
+    assert with_defaults(saved, config) == to_json(config)
