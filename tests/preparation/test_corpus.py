@@ -33,7 +33,7 @@ from tinyllama_jax.preparation.verify import verify_dataset
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of all that is in the folder: no leftover is overlooked."""
+    """The sha256 of every file in the folder, so that no leftover is overlooked."""
     return {
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(folder.rglob("*"))
