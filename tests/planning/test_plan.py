@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -215,6 +216,20 @@ def test_epochs_come_from_manifests_or_from_the_user(config, config_1b):
     unknown, given_ = estimate(config_1b, "a100_16", tokens={"starcoder": 2e11}).sources
     assert unknown.epochs is None and unknown.tokens_read > 2e12
     assert given_.epochs == pytest.approx(0.306416 * 3e12 / 2e11, rel=1e-4)
+
+
+def test_padding_is_neither_read_nor_there(config, tmp_path):
+    padded = config.data.sources[0]
+    folder = shutil.copytree(padded.path, tmp_path / "padded")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    facts = manifest["splits"]["train"]
+    facts["padding_tokens"] = facts["records"] * 8192 // 4
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sources = (dataclasses.replace(padded, path=str(folder)),)
+    data = dataclasses.replace(config.data, sources=sources)
+    (found,) = estimate(dataclasses.replace(config, data=data), "a100_1").sources
+    assert found.tokens_available == facts["records"] * 8192 * 3 / 4
+    assert found.tokens_read == 12 * 16 * 64 * 3 / 4
 
 
 def test_more_than_four_epochs_are_warned_of(config_1b):

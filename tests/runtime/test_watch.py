@@ -67,6 +67,15 @@ def test_an_error_of_another_process_is_told_after_a_moment(watch):
     assert found[0] is None and found[-1] == (2, "process 1 has no tokenizer")
 
 
+def test_a_process_that_left_at_the_end_may_be_silent(watch):
+    """It writes nothing any more, while another still closes its files."""
+    for beat in range(30):
+        tell(watch, 1, 0, 9, left={"code": 0, "reason": ""})
+        tell(watch, 2, beat, 9)
+        watch._look(2.0)
+        assert watch._verdict() is None
+
+
 def test_steps_that_were_timed_shorten_the_patience_with_one(watch):
     for step in range(8, 8 + TIMED):
         watch.at("step", step)

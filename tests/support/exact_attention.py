@@ -2,18 +2,19 @@
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def inputs(B, T, N, K, H, seed=0):
+def inputs(B: int, T: int, N: int, K: int, H: int, seed: int = 0) -> list[jax.Array]:
     """Random q, k, v, and the cotangent of the output."""
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def visible(segments_BT, T, causal):
+def visible(segments_BT: ArrayLike | None, T: int, causal: bool) -> np.ndarray:
     """Which query sees which key, (B or 1, T, T)."""
     seen_BTS = np.tri(T, dtype=bool)[None] if causal else np.ones((1, T, T), bool)
     if segments_BT is not None:
@@ -42,7 +43,7 @@ def exact_attention(q, k, v, do, segments_BT=None, causal=True, scale=None):
     return o.reshape(B, T, N, H), dq.reshape(B, T, N, H), dk, dv
 
 
-def frobenius_error(found, exact, smallest: float = 0.0) -> float:
+def frobenius_error(found: ArrayLike, exact: np.ndarray, smallest: float = 0.0) -> float:
     """||found - exact|| / ||exact||, the latter as of entries that are `smallest` at least.
 
     NaN where anything is.

@@ -3,6 +3,7 @@
 import argparse
 import io
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -77,7 +78,7 @@ def document_of_1_mb() -> str:
     return part * (1_000_000 // len(part.encode()) + 1)
 
 
-def train(file, **options):
+def train(file: Path, **options: Any) -> Path:
     """A BPE model of text that every Python brings, trained in a moment."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     model = io.BytesIO()

@@ -1,5 +1,7 @@
 """Models as transformers' own, with the same weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ CONFIGS = {
 }
 
 
-def random_weights(config):
+def random_weights(config: LlamaConfig) -> llama.Weights:
     """Nothing at rest: gains away from 1, matrices large enough for uneven attention."""
     generator = np.random.default_rng(1)
 
@@ -31,13 +33,13 @@ def random_weights(config):
     return jax.tree_util.tree_map_with_path(draw, llama.abstract_weights(config))
 
 
-def hf_arrays(config, flat):
+def hf_arrays(config: LlamaConfig, flat: dict[str, Any]) -> dict[str, np.ndarray]:
     """Our leaves by path, as Hugging Face's tensors by name."""
     table = tensors.tensors(config).items()
     return {name: row.to_hf(np.asarray(flat[row.path][row.index])) for name, row in table}
 
 
-def transformers_model(config, weights):
+def transformers_model(config: LlamaConfig, weights: llama.Weights) -> Any:
     """transformers' model with our weights."""
     import torch
     import transformers
