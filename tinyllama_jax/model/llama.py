@@ -261,7 +261,7 @@ def make_model(config: LlamaConfig, weights: Weights) -> Llama:
 
 
 @functools.cache
-def _definition(module: type[nnx.Module], config: LlamaConfig) -> nnx.GraphDef:
+def _definition(module: Callable[..., nnx.Module], config: LlamaConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
 
 

@@ -264,15 +264,17 @@ def head_and_back(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Bucket]:
     """What `llama.head_gradients` gives, with the head in its bucket."""
     if arrive is None:
-        *top, dhead_DV = llama.head_gradients(
+        loss, targets, dx_BTD, dhead_DV = llama.head_gradients(
             model, above["head_DV"], x_BTD, *batch, sums["head_DV"]
         )
-        return *top, {"head_DV": dhead_DV}
+        return loss, targets, dx_BTD, {"head_DV": dhead_DV}
     whole, back = jax.vjp(arrive, above)
     none_DV = jnp.zeros(whole["head_DV"].shape, jnp.float32)
-    *top, dhead_DV = llama.head_gradients(model, whole["head_DV"], x_BTD, *batch, none_DV)
+    loss, targets, dx_BTD, dhead_DV = llama.head_gradients(
+        model, whole["head_DV"], x_BTD, *batch, none_DV
+    )
     (gradients,) = back({"head_DV": dhead_DV.astype(whole["head_DV"].dtype)})
-    return *top, plus(sums, gradients)
+    return loss, targets, dx_BTD, plus(sums, gradients)
 
 
 def over(batches: Batch, sums: Sums, add: Callable[[Sums, Batch], Sums]) -> Sums:

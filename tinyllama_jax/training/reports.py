@@ -123,7 +123,7 @@ def validate(
     """
     count = len(held_out) if rows is None else min(rows, len(held_out))
     rows_BS = held_out.read(np.arange(count))
-    result = evaluate(score, weights, rows_BS, batch_rows, mesh)
+    result = evaluate(score, weights, list(rows_BS), batch_rows, mesh)
     return result.loss, result.bits_per_byte(ByteCounter(tokenizer)(rows_BS))
 
 
