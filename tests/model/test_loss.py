@@ -57,7 +57,7 @@ def test_without_gradients_it_is_the_same_value():
 
 
 def test_no_gradient_holds_all_logits(monkeypatch):
-    """Of 64 tokens and 1,000 pieces in chunks of 4 tokens, no array has more than a chunk's."""
+    """64 tokens, 1,000 pieces, chunks of 4 tokens: no array holds more than a chunk's logits."""
     x, head, targets, weights = inputs("float32", B=1, T=64, D=8, V=1000)
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {False: 4000})
     gradient = jax.grad(lambda x, head: next_token_loss(x, head, targets, weights)[0], (0, 1))

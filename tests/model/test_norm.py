@@ -60,7 +60,7 @@ def test_the_sum_and_its_norm_equal_fp64(by_kernel, D, dtype):
 @dtypes
 @pytest.mark.parametrize("terms", [1, 2])
 def test_the_gradient_equals_that_of_plain_jax(by_kernel, D, dtype, terms):
-    """Of x going on as it is and as h, whose gradient comes in terms; in fp32 throughout."""
+    """x goes on as it is and as h, and the gradient of h comes in terms; plain JAX is in fp32."""
     x, dx, *dhs = arrays(2 + terms, D, dtype)
     dhs = tuple(dhs)
     h, scale = rms_norm(x, EPS)

@@ -93,7 +93,7 @@ def kept(run, *arrays):
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """Of a norm its result, not the stream; of SwiGLU its product, where that is asked for."""
+    """A norm keeps its result and not the stream; SwiGLU its product, where that is asked for."""
     x, y, w = random((B, T, D), (B, T, D), (D, F))
     stream = kept(lambda x, y: normed_products(x, y, ((w,),), EPS), x, y)
     assert (B, T) in stream and stream.count((B, T, D)) <= 1

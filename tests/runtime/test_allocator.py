@@ -31,7 +31,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def new_pages(mode):
-    """Of the third array of 64 MB, which is 16,384 pages."""
+    """Page faults of the third array of 64 MB, which is 16,384 pages."""
     command = [sys.executable, "-c", WORK, mode]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(shown.stdout)

@@ -58,7 +58,7 @@ def train(mesh_shape: tuple[int, int], gather: str, dtype: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def losses() -> dict[str, list[float]]:
-    """Of all of them, from a process of its own: the suite has eight devices, a mesh sixteen."""
+    """The losses on all meshes, from a process of its own: one mesh has 16 devices, the suite 8."""
     found = subprocess.run(
         [sys.executable, __file__],
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": str(ROOT / "tests")},

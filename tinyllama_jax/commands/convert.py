@@ -23,9 +23,9 @@ class ConvertOptions:
     """Checkpoint to take, the newest by default; `all`: each into a folder of its own below `out`,
     such as step-50k-token-105B."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights in `hf`; float32 by default."""
+    """Type of the weights in `hf`; float32 by default."""
     max_shard_size: str | None = None
-    """Of a file of weights in `hf`, such as 500MB; 5GB by default."""
+    """Largest file of weights in `hf`, such as 500MB; 5GB by default."""
     config: str | None = None
     """Config with the model of a .pth, such as tinyllama_1b."""
     tokenizer: Path | None = None

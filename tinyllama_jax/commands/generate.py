@@ -28,7 +28,7 @@ class GenerateOptions:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a text before this string; may be given several times."""
     seed: int = 0
-    """Of the samples at a temperature above 0; each further prompt takes the next number."""
+    """Seed of the first prompt's samples above temperature 0; the next prompt takes the next."""
     ids: bool = False
     """Print the new ids alone, a line for each prompt."""
 

@@ -29,11 +29,11 @@ class PrepareOptions:
     source: Path | None = None
     """Folder that holds the corpus."""
     field: str | None = None
-    """Of `files`: where a row has its text, `text` by default; dots lead further in."""
+    """For `files`: the field with a row's text, `text` by default; dots lead further in."""
     drop: tuple[str, ...] = ()
-    """Of `files`: FIELD=VALUE of rows to leave out."""
+    """For `files`: FIELD=VALUE of rows to leave out."""
     dtype: Literal["uint16", "uint32"] | None = None
-    """Of `tokens`: what ids in files without a header are, uint16 by default."""
+    """For `tokens`: the type of ids in files without a header, uint16 by default."""
     held_out: float | None = None
     """Share of documents for validation where a corpus has none; 0.005 by default."""
     worker: str | None = None
