@@ -153,15 +153,21 @@ def test_a_product_takes_weights_of_any_shape_behind_the_width():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "times"), [("nothing", 1), ("elementwise", 1), ("layers", 2)]
+    ("recompute", "gather", "times"),
+    [
+        ("nothing", "step", 1),
+        ("elementwise", "step", 1),
+        ("layers", "step", 2),
+        ("elementwise", "layer", 1),
+        ("layers", "layer", 2),
+    ],
 )
-@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
 def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
-    config, monkeypatch, recompute, times, unrolled
+    config, monkeypatch, recompute, gather, times
 ):
     """Lowered for a GPU that is not here."""
     pretend_hopper(monkeypatch)
-    execution = configs.ExecutionConfig("cudnn", recompute, unrolled)
+    execution = configs.ExecutionConfig("cudnn", recompute, gather)
     config = dataclasses.replace(config, model=SMALL, execution=execution)
     weights = llama.abstract_weights(SMALL)
     tokens_ABS = jax.ShapeDtypeStruct((1, 2, SMALL.context + 1), jnp.int32)
@@ -170,9 +176,8 @@ def test_cudnns_attention_runs_once_where_matrix_products_are_kept(
     gradients = jax.jit(make_gradients(config, mesh, jnp.bfloat16))
     traced = gradients.trace(weights, tokens_ABS, weights_ABT)
     calls = count_calls(traced.lower(lowering_platforms=("cuda",)).as_text())
-    layers = SMALL.layers if unrolled else 1
     names = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-    assert [calls[name] for name in names] == [times * layers, layers]
+    assert [calls[name] for name in names] == [times * SMALL.layers, SMALL.layers]
 
 
 def pretend_hopper(monkeypatch):

@@ -16,7 +16,7 @@ from tinyllama_jax.errors import UserError
 from tinyllama_jax.performance import trace
 from tinyllama_jax.performance.breakdown import Event
 from tinyllama_jax.performance.trace import parse_steps, read_trace
-from tinyllama_jax.training import loop
+from tinyllama_jax.training import loop, reports
 
 
 def test_a_traced_run_says_where_its_steps_went_and_is_the_same_run(
@@ -24,7 +24,7 @@ def test_a_traced_run_says_where_its_steps_went_and_is_the_same_run(
 ):
     """Steps 5 to 8; validation and a checkpoint after step 6 are no part of them."""
     start, stop, times = jax.profiler.start_trace, jax.profiler.stop_trace, []
-    evaluate, pauses = loop.held_out.evaluate, iter([1])
+    evaluate, pauses = reports.evaluate, iter([1])
 
     def timed_start(*args, **options):
         start(*args, **options)
@@ -40,7 +40,7 @@ def test_a_traced_run_says_where_its_steps_went_and_is_the_same_run(
 
     monkeypatch.setattr(jax.profiler, "start_trace", timed_start)
     monkeypatch.setattr(jax.profiler, "stop_trace", timed_stop)
-    monkeypatch.setattr(loop.held_out, "evaluate", slow_at_first)
+    monkeypatch.setattr(reports, "evaluate", slow_at_first)
     # The step is done, or its time would be missing from the speed that is told.
     end, done = trace.Profiler.end, []
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from tinyllama_jax.preparation import corpus as corpus_module
 from tinyllama_jax.preparation import shards
 from tinyllama_jax.preparation.groups import make_groups
 from tinyllama_jax.preparation.packing import Packer, pack
-from tinyllama_jax.preparation.readers import CORPORA, is_held_out
+from tinyllama_jax.preparation.readers import is_held_out
 from tinyllama_jax.preparation.verify import verify_dataset
 
 
@@ -374,11 +373,6 @@ def test_a_signal_ends_with_the_exit_code_of_what_goes_on(number, monkeypatch, c
     finally:
         signal.signal(signal.SIGINT, before)
     assert "the same command goes on" in capsys.readouterr().err
-
-
-def test_the_command_line_names_every_corpus():
-    annotation = typing.get_type_hints(cli.prepare, include_extras=True)["dataset"]
-    assert set(typing.get_args(typing.get_args(annotation)[0])) == {"stdlib", *CORPORA}
 
 
 @pytest.mark.parametrize(

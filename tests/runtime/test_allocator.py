@@ -43,13 +43,19 @@ def test_an_array_finds_the_pages_of_the_one_before():
 
 
 SHARE = """
-import os, sys
+import sys
 from tinyllama_jax import cli
+from tinyllama_jax.commands.verify import VerifyOptions
 
 # What JAX tells CUDA's allocator, asked for when its devices are.
 from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
-cli.VERBS["generate"] = lambda: print(generate_pjrt_gpu_plugin_options()["memory_fraction"]) or 0
-sys.exit(cli.main(["generate"]))
+
+def verb(options):
+    print(generate_pjrt_gpu_plugin_options()["memory_fraction"])
+    return 0
+
+cli.VERBS["verify"] = VerifyOptions, verb
+sys.exit(cli.main(["verify", "."]))
 """
 
 
