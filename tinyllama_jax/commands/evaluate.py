@@ -54,10 +54,10 @@ def evaluate(options: EvaluateOptions) -> int:
         include_path=options.include_path,
     )
     with jax.set_mesh(mesh):
-        found = asked.score(on_every_device(model.weights, mesh, dtype))
+        results = asked.score(on_every_device(model.weights, mesh, dtype))
     name = path.resolve().name
     if model.facts:  # of a run
-        scores.write_results(path, model.facts.step, found, limit)
+        scores.write_results(path, model.facts.step, results, limit)
         name = f"step {model.facts.step}"
-    Console().print(scores.render(name, found, options.tasks, limit))
+    Console().print(scores.render(name, results, options.tasks, limit))
     return ExitCode.DONE

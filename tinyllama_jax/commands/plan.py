@@ -52,7 +52,7 @@ def plan(options: PlanOptions) -> int:
     from tinyllama_jax.planning.plan_table import render
 
     with Console(stderr=True, quiet=options.json).status("reading the config") as status:
-        found = make_plan(
+        planned = make_plan(
             options.config,
             options.mesh,
             data_axis=options.data_axis,
@@ -62,10 +62,10 @@ def plan(options: PlanOptions) -> int:
             say=status.update,
         )
     if options.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(planned.to_json(), indent=2))
     else:
-        Console().print(render(found))
-    return ExitCode.DONE if found.fits else ExitCode.DOES_NOT_FIT
+        Console().print(render(planned))
+    return ExitCode.DONE if planned.fits else ExitCode.DOES_NOT_FIT
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyllama_jax.config import LlamaConfig
 from tinyllama_jax.conversion.tensors import tensors, unread_tensors
-from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.errors import UserError, first_line, require
 from tinyllama_jax.model.llama import Weights
 
 # Our path -> lit-gpt's name (TinyLlama's lit_gpt/model.py).
@@ -88,7 +88,7 @@ def open_litgpt(file: Path, config: LlamaConfig) -> Weights:
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         raise UserError(
             f"{file} is damaged, or holds more than tensors, which could run anything "
-            f"({str(error).splitlines()[0][:150]}): download it again, or save its weights alone."
+            f"({first_line(error)[:150]}): download it again, or save its weights alone."
         ) from error
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict):
         checkpoint = checkpoint["model"]

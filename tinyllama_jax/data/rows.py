@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from tinyllama_jax.data.format import RECORD, read_manifest
-from tinyllama_jax.errors import UserError, require
+from tinyllama_jax.errors import UserError, first_line, require
 
 OPEN_SHARDS = 200
 """How many shards of a split are open at once. Four splits then stay below the 1,024 files that
@@ -98,7 +98,7 @@ class Rows:
         except Exception as error:  # ArrayRecord's own errors share no class
             raise UserError(
                 f"{self.shards[shard]} cannot be read: remove {self.folder} and prepare it again "
-                f"({str(error).splitlines()[0]})."
+                f"({first_line(error)})."
             ) from None
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from tinyllama_jax.errors import ExitCode, UserError, require
+from tinyllama_jax.errors import ExitCode, UserError, first_line, require
 from tinyllama_jax.files import make_folder
 from tinyllama_jax.runtime.processes import every, exit_code, tell, together
 
@@ -167,11 +167,11 @@ class Watch:
             # Longer than the thread needs to declare a process gone.
             time.sleep(SILENCE + 5 * BEAT)
         code = exit_code(error)
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         self._sign_off(
             code,
-            f"process {self._me} on {self._host} left with exit code {code} ({kind}{first_line})",
+            f"process {self._me} on {self._host} left with exit code {code} "
+            f"({kind}{first_line(error)})",
         )
         self._error = error
         if self._me == 0:

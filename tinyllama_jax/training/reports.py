@@ -156,8 +156,8 @@ def make_task_scorer(
 def task_values(scores: TaskScores) -> dict[str, Values]:
     """Metrics of each task by its name, without the standard errors."""
     return {
-        task: {name: value for name, value in found.items() if not name.endswith("_stderr")}
-        for task, found in scores.items()
+        task: {name: value for name, value in results.items() if not name.endswith("_stderr")}
+        for task, results in scores.items()
     }
 
 
