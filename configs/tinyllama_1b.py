@@ -13,7 +13,7 @@ What to expect: 1,430,512 steps of 2,097,152 tokens, 3.0000e12 tokens in all. Th
 3.990e-4 at step 50,000, 3.094e-4 at 480,000, 1.298e-4 at 955,000 and 4e-5 at the end. The original
 took 90 days on 16 A100-40GB at 24,000 tokens/s on each, with 8 rows on a GPU at a time.
 `tinyllama plan configs/tinyllama_1b.py --mesh a100_16` predicts this code's memory and time there.
-On one H100 it was measured at 80,950 tokens/s, with 64 rows in a step and 16 rows at a time
+On one H100 it was measured at 80,974 tokens/s, with 64 rows in a step and 16 rows at a time
 (benchmarks/results/2026-11-27-training-1b-NVIDIA-H100-80GB-HBM3.md).
 
 The original published these scores (zero-shot, lm-evaluation-harness; the mean is of HellaSwag,
