@@ -45,8 +45,7 @@ def describe_run(folder: Path, config: Config, mesh: Mesh, origin: dict[str, Any
     write_aside(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     # Copied at each start: the one that is there may be of an earlier run, which was stopped before
     # its first checkpoint.
-    shutil.copyfile(config.data.tokenizer, folder / ".tokenizer.model")
-    (folder / ".tokenizer.model").rename(folder / "tokenizer.model")
+    write_aside(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
 
 
 def is_complete(folder: Path, step: int) -> bool:

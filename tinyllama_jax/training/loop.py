@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tinyllama_jax.config import Config, differences, to_json
 from tinyllama_jax.config_file import with_defaults
 from tinyllama_jax.data.boundaries import loss_weights
+from tinyllama_jax.data.tokenizer import ByteCounter
 from tinyllama_jax.errors import require
 from tinyllama_jax.evaluation import held_out
 from tinyllama_jax.model.llama import Weights
@@ -132,8 +133,9 @@ def run(config: Config, mesh: Mesh | None = None, profile: str | None = None) ->
         score = held_out.make_score(
             config.model, mesh, dtype, config.execution, mask_documents=config.data.mask_documents
         )
+        count_bytes = ByteCounter(inputs.tokenizer)
         validate = functools.partial(
-            validate_sources, config, mesh, inputs, score, metrics, terminal
+            validate_sources, config, mesh, inputs, score, count_bytes, metrics, terminal
         )
 
         # ---- The loop.
@@ -304,6 +306,7 @@ def validate_sources(
     mesh: Mesh,
     inputs: Inputs,
     score: held_out.Score,
+    count_bytes: ByteCounter,
     metrics: Metrics,
     terminal: Terminal,
     step: int,
@@ -318,7 +321,7 @@ def validate_sources(
     values = {}
     for name, source_rows in zip(inputs.names, inputs.held_out, strict=True):
         loss, bits = reports.validate(
-            weights, score, source_rows, inputs.tokenizer, config.micro_rows, mesh, rows
+            weights, score, source_rows, count_bytes, config.micro_rows, mesh, rows
         )
         source = {f"val/{name}/loss": loss, f"val/{name}/bpb": bits}
         metrics.write(step, source)

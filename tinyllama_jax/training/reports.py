@@ -105,7 +105,7 @@ def validate(
     weights: Weights,
     score: Score,
     held_out: Rows,
-    tokenizer: SentencePieceProcessor,
+    count_bytes: ByteCounter,
     batch_rows: int,
     mesh: Mesh,
     rows: int | None = None,
@@ -116,7 +116,7 @@ def validate(
       weights: of the run.
       score: as `held_out.make_score` gives it.
       held_out: the source's rows.
-      tokenizer: tells how many bytes of text stand behind the tokens.
+      count_bytes: tells how many bytes of text stand behind tokens.
       batch_rows: rows at a time, over all devices.
       mesh: the devices.
       rows: how many of the rows, from the first on; all by default.
@@ -124,7 +124,7 @@ def validate(
     count = len(held_out) if rows is None else min(rows, len(held_out))
     rows_BS = held_out.read(np.arange(count))
     result = evaluate(score, weights, list(rows_BS), batch_rows, mesh)
-    return result.loss, result.bits_per_byte(ByteCounter(tokenizer)(rows_BS))
+    return result.loss, result.bits_per_byte(count_bytes(rows_BS))
 
 
 def make_task_scorer(
